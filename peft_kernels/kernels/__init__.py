@@ -1,0 +1,1 @@
+"""One folder per primitive: reference, configs, Triton kernels, op, autograd."""

@@ -1,0 +1,132 @@
+"""lora_linear: checks, the choice of what to save, and the thin autograd.Function around the two ops."""
+
+import torch
+from torch import Tensor
+
+from . import op
+from .reference import drop_threshold, effective_scaling
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x is [M, K] here; leading dimensions are flattened by the caller."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, seed, scaling, threshold):
+        y, s, mask = op.lora_linear_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, threshold)
+        need_dx, need_dweight, need_dlora_a, need_dlora_b, need_dbias = ctx.needs_input_grad[:5]
+        # x is the one large tensor: kept only for the gradients that are made from it (LoRA-FA freezes lora_a).
+        ctx.save_for_backward(
+            x if need_dlora_a or need_dweight else None,
+            weight if need_dx else None,
+            lora_a,
+            lora_b,
+            s if need_dlora_b else None,
+            mask if mask.numel() and (need_dx or need_dlora_a) else None,
+        )
+        ctx.scaling = scaling
+        ctx.needed = (need_dx, need_dlora_a, need_dlora_b, need_dbias)
+        ctx.need_dweight = need_dweight
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
+        if mask is None:
+            mask = dy.new_empty(0, dtype=torch.uint8)
+        args = (dy, x, weight, lora_a, lora_b, s, mask, ctx.scaling, *ctx.needed)
+        # Under create_graph the gradients must not pass for constants: a node that raises stands behind them.
+        grads = _NoSecondDerivative.apply(*args) if torch.is_grad_enabled() else op.lora_linear_bwd(*args)
+        dx, dlora_a, dlora_b, dbias = (g if n else None for g, n in zip(grads, ctx.needed, strict=True))
+        dweight = (dy.t() @ x).to(ctx.weight_dtype) if ctx.need_dweight else None
+        if dbias is not None:
+            dbias = dbias.to(ctx.bias_dtype)
+        return dx, dweight, dlora_a, dlora_b, dbias, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The backward op, recorded only so that differentiating it says what is wrong."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        return op.lora_linear_bwd(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("lora_linear has no second derivative: use the reference for double backward")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _expect(ok: bool, name: str, tensor: Tensor, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"lora_linear: {name} is {_describe(tensor)}; expected {expected}")
+
+
+def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        _expect(tensor.dtype.is_floating_point, name, tensor, "a floating dtype")
+        _expect(tensor.device == x.device, name, tensor, f"the device of x, {x.device}")
+    _expect(x.dim() >= 1, "x", x, "at least one dimension, [..., K]")
+    K = x.shape[-1]
+    _expect(lora_a.dim() == 2 and lora_a.shape[1] == K, "lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
+    R = lora_a.shape[0]
+    _expect(R >= 1, "lora_a", lora_a, "a rank R of at least 1")
+    _expect(lora_b.dim() == 2 and lora_b.shape[1] == R, "lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
+    N = lora_b.shape[0]
+    if weight is not None:
+        _expect(tuple(weight.shape) == (N, K), "weight", weight, f"[{N}, {K}]")
+        _expect(weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type), "weight", weight, f"x's dtype, {x.dtype}")
+    if bias is not None:
+        _expect(tuple(bias.shape) == (N,), "bias", bias, f"[{N}]")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"lora_linear: dropout_p is {dropout_p}; expected a probability in [0, 1]")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T, differentiable in every tensor.
+
+    Args:
+        x: [..., K], floating, any strides.
+        weight: [N, K] in x's dtype (under autocast any floating dtype); None leaves the base product out.
+        lora_a: [R, K], R >= 1, any floating dtype; cast to x's dtype inside, x is never cast to it.
+        lora_b: [N, R], any floating dtype.
+        scaling: factor of the low-rank product (lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA).
+        bias: [N], any floating dtype, or None.
+        dropout_p: probability of dropping an element of x on the low-rank branch, as `nn.Dropout`; rounded to 2**-16.
+            The mask comes from the device's default generator, so `torch.manual_seed` and activation
+            checkpointing reproduce it.
+
+    Returns:
+        [..., N] in x's dtype (the autocast dtype under autocast).
+
+    Saved for backward: x (only if lora_a or weight trains), drop(x) @ lora_a.T [M, R] (only if lora_b trains)
+    and one bit per element of x with dropout. A second derivative raises RuntimeError.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, naming the argument.
+    """
+    _check(x, weight, lora_a, lora_b, bias, dropout_p)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    threshold = drop_threshold(dropout_p)
+    seed = None
+    if threshold:
+        scaling = effective_scaling(scaling, threshold)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, seed, scaling, threshold)
+    return y.view(*x.shape[:-1], lora_b.shape[0])
