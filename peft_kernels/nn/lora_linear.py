@@ -1,0 +1,243 @@
+"""FusedLoRALinear: a linear layer with low-rank adapters that runs base and adapters in one kernel call."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.lora_linear.autograd import lora_linear
+from .adapter import Adapter, AdapterSpec, check_name, new_adapter
+from .base_linear import conv1d_class, refusal
+from .combine import effective_bias, side_by_side
+from .merging import merged_tensors
+
+
+class FusedLoRALinear(nn.Module):
+    """y = x W^T + bias + sum over active adapters of scaling_i (dropout_i(x) A_i^T B_i^T + lora_bias_i).
+
+    Built by `from_linear`; holds the wrapped layer's very own `weight` and `bias` Parameters under the same names, so
+    checkpoints of the base model still fit, and the adapters as `lora_A.<name>` [R, K], `lora_B.<name>` [N, R] and
+    `lora_bias.<name>` [N]. fan_in_fan_out says that weight is [K, N] (transformers' Conv1D).
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, fan_in_fan_out: bool = False):
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.fan_in_fan_out = fan_in_fan_out
+        self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.lora_bias = nn.ParameterDict()
+        self.specs: dict[str, AdapterSpec] = {}
+        self.scaling: dict[str, float] = {}
+        self.disabled = False
+        self.merged_adapters: list[str] = []
+        self._active: list[str] = []
+        self._base_copy: tuple[Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def wrap(cls, linear: nn.Module) -> "FusedLoRALinear":
+        """The layer without adapters yet, on the same Parameters; `linear` itself is left as it is.
+
+        Raises:
+            ValueError: `linear` is not an nn.Linear or Conv1D that can be wrapped, with the reason.
+        """
+        reason = refusal(linear)
+        if reason is not None:
+            raise ValueError(f"FusedLoRALinear cannot wrap this layer: {reason}")
+        layer = cls(linear.weight, linear.bias, fan_in_fan_out=conv1d_class(linear) is not None)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "FusedLoRALinear":
+        """Wrap an nn.Linear or transformers Conv1D, whose Parameters are shared (no copy) and frozen here.
+
+        Args:
+            linear: the layer; weight [N, K] (Conv1D: [K, N]) of dtype fp64, fp32, bf16 or fp16.
+            r: rank, at least 1.
+            lora_alpha: the low-rank product is scaled by lora_alpha / r (use_rslora: lora_alpha / sqrt(r)).
+            lora_dropout: probability in [0, 1) of dropping an element of x on the low-rank branch while training.
+            lora_bias: give B a trainable bias [N], scaled with the product.
+            init_lora_weights: True, "gaussian" or False, as HF PEFT draws them.
+            adapter_dtype: default fp32 over a 16-bit base, else the base's dtype.
+
+        Raises:
+            ValueError: an argument out of range, or a layer that cannot be wrapped.
+        """
+        spec = AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights)
+        layer = cls.wrap(linear)
+        layer.attach(adapter_name, layer.new_adapter(spec, adapter_dtype))
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        layer.set_adapter(adapter_name)
+        return layer
+
+    def new_adapter(self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None) -> Adapter:
+        """Parameters for one more adapter of this layer, not yet attached."""
+        return new_adapter(spec, self.weight, self.in_features, self.out_features, adapter_dtype)
+
+    def attach(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter under `name`: frozen and inactive until `set_adapter`.
+
+        Raises:
+            ValueError: the name is taken or not usable.
+        """
+        check_name(name)
+        if name in self.specs:
+            raise ValueError(f"adapter_name {name!r} is already on this layer, beside {list(self.specs)}")
+        self.specs[name], self.scaling[name] = adapter.spec, adapter.spec.scaling
+        self.lora_A[name] = adapter.lora_a.requires_grad_(False)
+        self.lora_B[name] = adapter.lora_b.requires_grad_(False)
+        if adapter.bias is not None:
+            self.lora_bias[name] = adapter.bias.requires_grad_(False)
+
+    def add_adapter(self, name: str, adapter_dtype: torch.dtype | None = None, **settings) -> None:
+        """Add a freshly initialised adapter (`settings`: AdapterSpec's fields), inactive until `set_adapter`."""
+        check_name(name)
+        self.attach(name, self.new_adapter(AdapterSpec(**settings), adapter_dtype))
+
+    def _require(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self.specs]
+        if unknown:
+            raise ValueError(f"no adapter {unknown} on this layer; there are {list(self.specs)}")
+
+    def _refuse_merged(self, what: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"cannot {what}: adapters {self.merged_adapters} are merged, unmerge first")
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, trainable unless inference_mode; all others are frozen."""
+        names = [names] if isinstance(names, str) else list(names)
+        self._require(names)
+        self._refuse_merged("set the active adapters")
+        self._active = names
+        for parameters in (self.lora_A, self.lora_B, self.lora_bias):
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def disable_adapters(self, disabled: bool = True) -> None:
+        """Run the base layer alone (True), or with its active adapters again (False)."""
+        if disabled:
+            self._refuse_merged("disable adapters")
+        self.disabled = disabled
+
+    def delete_adapter(self, name: str) -> None:
+        self._require([name])
+        self._refuse_merged("delete an adapter")
+        for store in (self.lora_A, self.lora_B, self.lora_bias, self.specs, self.scaling):
+            if name in store:
+                del store[name]
+        self._active = [active for active in self._active if active != name]
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Multiply the adapter's own scaling (from its alpha and rank) by `scale`, replacing an earlier factor."""
+        self._require([name])
+        self.scaling[name] = scale * self.specs[name].scaling
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every adapter anew; the base weight and bias are not touched."""
+        for name, spec in self.specs.items():
+            fresh = self.new_adapter(spec, self.lora_A[name].dtype)
+            self.lora_A[name].copy_(fresh.lora_a)
+            self.lora_B[name].copy_(fresh.lora_b)
+            if fresh.bias is not None:
+                self.lora_bias[name].copy_(fresh.bias)
+
+    def kernel_groups(self) -> list[list[str]]:
+        """The active adapters, split into kernel calls.
+
+        Those that drop nothing go into one call with their ranks side by side. In training an adapter with dropout
+        needs a mask of its own, so it takes a call of its own.
+        """
+        if self.disabled or self.merged or not self._active:
+            return []
+        alone = [name for name in self._active if self.training and self.specs[name].lora_dropout > 0]
+        together = [name for name in self._active if name not in alone]
+        return ([together] if together else []) + [[name] for name in alone]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] in weight's dtype (under autocast any floating dtype) -> [..., N]."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        groups = self.kernel_groups()
+        if not groups:
+            return F.linear(x, weight, self.bias)
+        bias, y = effective_bias(self), None
+        for group in groups:
+            lora_a, lora_b, scaling = side_by_side(self, group)
+            dropout_p = self.specs[group[0]].lora_dropout if self.training else 0.0
+            if y is None:
+                y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
+            else:
+                y = y + lora_linear(x, None, lora_a, lora_b, scaling, None, dropout_p)
+        return y
+
+    @torch.no_grad()
+    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, restorable: bool = True) -> None:
+        """Add the adapters (default: the active ones) into weight and bias, in fp32 and rounded once (fp64 for fp64).
+
+        The Parameters are written in place, so every holder of them (the wrapped nn.Linear, a tied embedding) sees
+        the merged weight; `peft_kernels.merge(model)` refuses tied weights. To give the weight back bit for bit,
+        `unmerge` needs the original: restorable=True keeps it in host memory, weight.nbytes + bias.nbytes per layer.
+
+        Raises:
+            RuntimeError: already merged; or lora_bias to merge and no base bias.
+            ValueError: an unknown adapter; or, with safe_merge, a merged value that is not finite.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._require(names)
+        self._refuse_merged("merge")
+        if not names:
+            return
+        weight, bias = merged_tensors(self, names, safe_merge)
+        if restorable:
+            old_bias = None if bias is None else self.bias.detach().to("cpu", copy=True)
+            self._base_copy = self.weight.detach().to("cpu", copy=True), old_bias
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+        self.merged_adapters = names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give back the base weight and bias as they were before `merge`, bit for bit.
+
+        Raises:
+            RuntimeError: nothing is merged, or it was merged with restorable=False.
+        """
+        if not self.merged:
+            raise RuntimeError("cannot unmerge: no adapter is merged")
+        if self._base_copy is None:
+            raise RuntimeError("cannot unmerge: merged with restorable=False, the base weight was not kept")
+        weight, bias = self._base_copy
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+        self._base_copy, self.merged_adapters = None, []
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        for name, spec in self.specs.items():
+            active = ", active" if name in self._active else ""
+            text += f", {name}(r={spec.r}, lora_alpha={spec.lora_alpha}, dropout={spec.lora_dropout}{active})"
+        return text + (f", merged={self.merged_adapters}" if self.merged else "")

@@ -1,0 +1,36 @@
+"""The merged weight and bias of a layer with adapters: fp32 arithmetic, one rounding at the end."""
+
+import torch
+from torch import Tensor, nn
+
+
+def _checked(merged: Tensor, what: str, names: list[str]) -> None:
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"the {what} merged with adapters {names} is not finite: nothing was changed")
+
+
+def merged_tensors(layer: nn.Module, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of `layer` with adapters `names` added, in their own dtypes; bias None when it does not change.
+
+    weight + sum of scaling_i * B_i @ A_i and bias + sum of scaling_i * lora_bias_i.
+    """
+    biased = [name for name in names if name in layer.lora_bias]
+    if biased and layer.bias is None:
+        raise RuntimeError(f"cannot merge adapters {biased}: they have a lora_bias and the base layer has no bias")
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    weight = layer.weight.detach().to(dtype, copy=True)
+    for name in names:
+        delta = (layer.lora_B[name].to(dtype) @ layer.lora_A[name].to(dtype)) * layer.scaling[name]
+        weight += delta.t() if layer.fan_in_fan_out else delta
+    weight = weight.to(layer.weight.dtype)
+    bias = None
+    if biased:
+        bias = layer.bias.detach().to(dtype, copy=True)
+        for name in biased:
+            bias += layer.lora_bias[name].to(dtype) * layer.scaling[name]
+        bias = bias.to(layer.bias.dtype)
+    if safe_merge:
+        _checked(weight, "weight", names)
+        if bias is not None:
+            _checked(bias, "bias", names)
+    return weight, bias
