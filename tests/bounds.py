@@ -5,17 +5,22 @@ of a step follows from the standard model fl(a op b) = (a op b)(1 + d), |d| <= u
 values, so that products of errors (the second-order terms) are inside it and no tolerance is picked by hand.
 
 Conventions:
-  eps(t)  = torch.finfo(t).eps, the distance from 1 to the next number: 2**-7 bf16, 2**-10 fp16, 2**-23 fp32, 2**-52 fp64.
+  eps(t)  = torch.finfo(t).eps, the distance from 1 to the next number: 2**-7 bf16, 2**-10 fp16, 2**-23 fp32.
   u(t)    = eps(t) / 2, the unit roundoff: one rounding to nearest is wrong by at most u(t) |v| (+ eta(t)).
   eta(t)  = what a rounding may lose below the normal range: half the smallest subnormal in fp16 (F16C and every GPU
             keep fp16's subnormals); the smallest normal in the others, because vdpbf16ps, FTZ builds and
             `-ftz=true` flush subnormals to zero.
   acc(t)  = the dtype sums are carried in: fp64 for fp64, fp32 for all else.
 A sum of products may be wrong by 8 eps(acc) sum|terms| = 16 u(acc) sum|terms| in any order. That is not the worst case
-n u of one chain of n terms: rounding errors of a chain behave as a random walk of about sqrt(n / 3) u, so it asks
-of a kernel to cut sums longer than some hundred terms into partial sums, as every blocked GEMM does.
+n u of one chain of n additions, whose errors behave as a random walk: of one sign, the partial sum i is i/n of the
+whole, and a rounding error has standard deviation 0.42 u (uniform over half a unit in the last place, averaged over
+the significand), so the chain's is 0.42 u sqrt(sum (i/n)^2) = 0.24 sqrt(n) u. Within six of them, 1.5 sqrt(n) u, the
+16 u hold for chains of about 120 terms of one sign (far longer ones of both signs): longer sums must be cut into
+partial sums. `sums_in_one_chain` grants the 1.5 sqrt(n) u instead, for a BLAS that does not cut.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +43,24 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _sum_error(dtype: torch.dtype) -> float:
+_one_chain = False
+
+
+@contextmanager
+def sums_in_one_chain() -> Iterator[None]:
+    """Within it, bounds allow sums of any length to be one chain of additions."""
+    global _one_chain
+    _one_chain = True
+    try:
+        yield
+    finally:
+        _one_chain = False
+
+
+def _sum_error(dtype: torch.dtype, terms: int) -> float:
+    units = max(16.0, 1.5 * terms**0.5) if _one_chain else 16.0
     # The truth is a sum in fp64 too, with an error of its own: seen only where the implementation is fp64 as well.
-    return 8 * torch.finfo(accumulator(dtype)).eps + 8 * torch.finfo(torch.float64).eps
+    return units * (unit_roundoff(accumulator(dtype)) + unit_roundoff(torch.float64))
 
 
 @dataclass(frozen=True)
@@ -68,13 +88,13 @@ class Approx:
         return self if keep is None else Approx(self.value * keep, self.error * keep)
 
     def rounded(self, dtype: torch.dtype, gain: float = 1.0) -> "Approx":
-        """Rounded to `dtype`, perhaps before a multiplication by `gain` that this value has already: underflow grows by it."""
+        """Rounded to `dtype`; if that came before a multiplication by `gain`, what underflowed has grown by it."""
         return Approx(
             self.value, self.error + unit_roundoff(dtype) * self.reach + underflow(dtype) * max(1.0, abs(gain))
         )
 
     def scaled(self, factor: float, dtype: torch.dtype) -> "Approx":
-        """Times a Python float that the kernel holds in the accumulator dtype: one rounding of it, one of the product."""
+        """Times a Python float that the kernel holds in acc(dtype): one rounding of it, one of the product."""
         value, u = self.value * factor, unit_roundoff(accumulator(dtype))
         return Approx(value, abs(factor) * (self.error + (2 * u + u * u) * self.reach))
 
@@ -89,18 +109,18 @@ class Approx:
         each of the n operands, products and partial sums may be flushed to zero when subnormal.
         """
         a, b = self.reach, other.reach
-        error = _sum_error(dtype) * (a @ b)
+        error = _sum_error(dtype, a.shape[1]) * (a @ b)
         if self.error.any():
             error += self.error @ b
         if other.error.any():
             error += self.value.abs() @ other.error
         operands = a.sum(1, keepdim=True) + b.sum(0, keepdim=True)
-        error += underflow(accumulator(dtype)) * (operands + self.value.shape[1])
+        error += underflow(accumulator(dtype)) * (operands + a.shape[1])
         return Approx(self.value @ other.value, error)
 
 
 def keep_bits(mask: Tensor, K: int) -> Tensor | None:
-    """The op's packed mask [M, ceil(K / 8)] -> fp64 0/1 [M, K]; None for the empty mask. Written apart from the reference."""
+    """The op's packed mask [M, ceil(K / 8)] -> fp64 0/1 [M, K], None for the empty mask; apart from the reference's."""
     if mask is None or mask.numel() == 0:
         return None
     columns = torch.arange(K, device=mask.device)
@@ -171,19 +191,14 @@ def backward(dy, x, weight, lora_a, lora_b, s, mask, scaling: float) -> Bounded:
     out = {"dx": (dx.value, dx.error)}
     if x is not None:
         # sG is an operand of its own in the kernels that scale before the product: one more rounding of G.
-        out["dlora_a"] = _adapter_gradient(
-            g.rounded(dtype, 1 / scaling if scaling else 1.0),
-            Approx.exact(x).masked(keep),
-            scaling,
-            dtype,
-            lora_a.dtype,
-        )
+        operand = g.rounded(dtype, 1 / scaling if scaling else 1.0)
+        out["dlora_a"] = _adapter_gradient(operand, Approx.exact(x).masked(keep), scaling, dtype, lora_a.dtype)
     if x is not None or s is not None:
         rank = Approx.exact(s) if s is not None else low_rank(x, lora_a, mask)
         out["dlora_b"] = _adapter_gradient(grad, rank, scaling, dtype, lora_b.dtype)
-    ones = Approx.exact(torch.ones(1, dy.shape[0], device=dy.device))
-    dbias = ones.matmul(grad, dtype).rounded(accumulator(dtype))
-    out["dbias"] = (dbias.value[0], dbias.error[0])
+    total, wide = grad.value.sum(0), accumulator(dtype)
+    dbias = Approx(total, _sum_error(dtype, dy.shape[0]) * grad.value.abs().sum(0)).rounded(wide)
+    out["dbias"] = (dbias.value, dbias.error)
     return out
 
 
@@ -199,7 +214,7 @@ def assert_within(actual: Tensor, truth: Tensor, bound: Tensor, name: str) -> fl
         flat = int(torch.where(ratio.isnan(), torch.inf, ratio).argmax())
         at = [int(i) for i in torch.unravel_index(torch.tensor(flat), actual.shape)]
         raise AssertionError(
-            f"{name} ({actual.dtype} {list(actual.shape)}): {int(bad.sum())} of {bad.numel()} elements outside the bound; "
+            f"{name} ({actual.dtype} {list(actual.shape)}): {int(bad.sum())} of {bad.numel()} outside the bound; "
             f"worst at {at}: got {actual.flatten()[flat].item()!r}, truth {truth.flatten()[flat].item()!r}, "
             f"off by {error.flatten()[flat].item():.3e} = {ratio.flatten()[flat].item():.3g} x the bound"
         )
