@@ -1,0 +1,1 @@
+"""Triton functions that more than one primitive uses."""
