@@ -1,30 +1,59 @@
-"""Several active adapters as the arguments of one kernel call; autograd splits their gradients again."""
+"""A linear with the adapters that are active on it, in as few kernel calls as their dropout allows."""
+
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..kernels.lora_linear.autograd import lora_linear
 
 
-def side_by_side(layer: nn.Module, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """lora_a [R, K], lora_b [N, R] and scaling for one call with adapters `names`.
+class Branch(NamedTuple):
+    """One active adapter: lora_a [R, K], lora_b [N, R], its bias [N] or None; dropout_p is 0 outside training."""
 
-    Several adapters concatenate their ranks, each scaling folded into its B, in fp32 (fp64 for fp64).
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None
+    dropout_p: float
+
+
+def calls(branches: list[Branch]) -> list[list[Branch]]:
+    """The branches by kernel call: those that drop nothing share one, each other one needs a mask of its own."""
+    together = [branch for branch in branches if branch.dropout_p == 0.0]
+    return ([together] if together else []) + [[branch] for branch in branches if branch.dropout_p > 0.0]
+
+
+def _side_by_side(branches: list[Branch]) -> tuple[Tensor, Tensor, float]:
+    """lora_a [R, K], lora_b [N, R] and scaling of one call.
+
+    Several adapters concatenate their ranks, each scaling folded into its B, in fp32 (fp64 for fp64). Autograd splits
+    the gradients again.
     """
-    if len(names) == 1:
-        return layer.lora_A[names[0]], layer.lora_B[names[0]], layer.scaling[names[0]]
+    if len(branches) == 1:
+        return branches[0].lora_a, branches[0].lora_b, branches[0].scaling
     dtype = torch.float32
-    for name in names:
-        dtype = torch.promote_types(dtype, layer.lora_B[name].dtype)
-    lora_a = torch.cat([layer.lora_A[name].to(dtype) for name in names])
-    lora_b = torch.cat([layer.lora_B[name].to(dtype) * layer.scaling[name] for name in names], dim=1)
+    for branch in branches:
+        dtype = torch.promote_types(dtype, branch.lora_b.dtype)
+    lora_a = torch.cat([branch.lora_a.to(dtype) for branch in branches])
+    lora_b = torch.cat([branch.lora_b.to(dtype) * branch.scaling for branch in branches], dim=1)
     return lora_a, lora_b, 1.0
 
 
-def effective_bias(layer: nn.Module) -> Tensor | None:
-    """bias + sum of scaling_i * lora_bias_i over the active adapters, [N], summed in fp32 (fp64 for fp64)."""
-    total = layer.bias
-    for name in layer.active_adapters:
-        if name in layer.lora_bias:
-            dtype = torch.promote_types(layer.lora_bias[name].dtype, torch.float32)
-            term = layer.lora_bias[name].to(dtype) * layer.scaling[name]
-            total = term if total is None else total.to(torch.promote_types(total.dtype, dtype)) + term
-    return total
+def _effective_bias(bias: Tensor | None, branches: list[Branch]) -> Tensor | None:
+    """bias + sum of scaling_i * bias_i, [N], summed in fp32 (fp64 for fp64)."""
+    for branch in branches:
+        if branch.bias is not None:
+            dtype = torch.promote_types(branch.bias.dtype, torch.float32)
+            term = branch.bias.to(dtype) * branch.scaling
+            bias = term if bias is None else bias.to(torch.promote_types(bias.dtype, dtype)) + term
+    return bias
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
+    """x [..., K] -> [..., N]: the base linear with every branch added; at least one branch. The base runs once."""
+    first, *rest = calls(branches)
+    y = lora_linear(x, weight, *_side_by_side(first), _effective_bias(bias, branches), first[0].dropout_p)
+    for call in rest:
+        y = y + lora_linear(x, None, *_side_by_side(call), None, call[0].dropout_p)
+    return y

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.lora_linear.autograd import lora_linear
 from .adapter import Adapter, AdapterSpec, check_name, new_adapter
 from .base_linear import conv1d_class, refusal
-from .combine import effective_bias, side_by_side
+from .combine import Branch, adapted_linear
 from .merging import merged_tensors
 
 
@@ -164,33 +163,26 @@ class FusedLoRALinear(nn.Module):
             if fresh.bias is not None:
                 self.lora_bias[name].copy_(fresh.bias)
 
-    def kernel_groups(self) -> list[list[str]]:
-        """The active adapters, split into kernel calls.
-
-        Those that drop nothing go into one call with their ranks side by side. In training an adapter with dropout
-        needs a mask of its own, so it takes a call of its own.
-        """
-        if self.disabled or self.merged or not self._active:
+    def branches(self) -> list[Branch]:
+        """What the active adapters bring to the next forward; empty where only the base layer runs."""
+        if self.disabled or self.merged:
             return []
-        alone = [name for name in self._active if self.training and self.specs[name].lora_dropout > 0]
-        together = [name for name in self._active if name not in alone]
-        return ([together] if together else []) + [[name] for name in alone]
+        return [
+            Branch(
+                self.lora_A[name],
+                self.lora_B[name],
+                self.scaling[name],
+                self.lora_bias[name] if name in self.lora_bias else None,
+                self.specs[name].lora_dropout if self.training else 0.0,
+            )
+            for name in self._active
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] in weight's dtype (under autocast any floating dtype) -> [..., N]."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        groups = self.kernel_groups()
-        if not groups:
-            return F.linear(x, weight, self.bias)
-        bias, y = effective_bias(self), None
-        for group in groups:
-            lora_a, lora_b, scaling = side_by_side(self, group)
-            dropout_p = self.specs[group[0]].lora_dropout if self.training else 0.0
-            if y is None:
-                y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p)
-            else:
-                y = y + lora_linear(x, None, lora_a, lora_b, scaling, None, dropout_p)
-        return y
+        branches = self.branches()
+        return adapted_linear(x, weight, self.bias, branches) if branches else F.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, restorable: bool = True) -> None:
@@ -234,6 +226,10 @@ class FusedLoRALinear(nn.Module):
         if bias is not None:
             self.bias.copy_(bias)
         self._base_copy, self.merged_adapters = None, []
+
+    def forget_base(self) -> None:
+        """Free the copy of the base weight that `merge` kept; `unmerge` is no longer possible."""
+        self._base_copy = None
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

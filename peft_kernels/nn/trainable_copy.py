@@ -23,13 +23,13 @@ class TrainableCopy(nn.Module):
         return copy.deepcopy(self.original).requires_grad_(True)
 
     def attach(self, adapter_name: str, module: nn.Module) -> None:
-        module.requires_grad_(False)
-        self.copies[adapter_name] = module
+        """Add a copy: frozen and not run until `set_adapter`."""
+        self.original.requires_grad_(False)
+        self.copies[adapter_name] = module.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | None, inference_mode: bool = False) -> None:
         """Run (and train, unless inference_mode) the copy of this adapter; None: the original."""
         self.active = adapter_name
-        self.original.requires_grad_(False)
         for name, module in self.copies.items():
             module.requires_grad_(name == adapter_name and not inference_mode)
 

@@ -1,0 +1,1 @@
+"""PEFT methods: each one's config and how it rewrites a model."""

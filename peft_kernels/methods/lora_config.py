@@ -1,0 +1,136 @@
+"""LoraConfig: HF PEFT's LoRA settings, and a clear error for each one that is not implemented here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..nn.adapter import AdapterSpec
+
+UNSUPPORTED: dict[str, tuple] = {
+    "use_dora": (False,),
+    "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "loftq_config": (None, {}),
+    "eva_config": (None,),
+    "corda_config": (None,),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False,),
+    "megatron_config": (None,),
+    "ensure_weight_tying": (False,),
+}
+"""Fields of peft.LoraConfig that are not implemented, with the values that ask for nothing."""
+
+_NO_EFFECT = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"}
+# Heads that HF PEFT adds to modules_to_save by itself: they are new, so an adapter without them is worth nothing.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _plain(value: Any) -> Any:
+    """Sets (PEFT keeps names in them) to sorted lists, enum members to their values."""
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    return getattr(value, "value", value)
+
+
+@dataclass
+class LoraConfig:
+    """Settings of one adapter over a model; names, meanings and defaults are HF PEFT's.
+
+    target_modules: list of names (a module matches by its full name or by a ".suffix"), a regular expression over the
+    full name, or "all-linear". rank_pattern and alpha_pattern: regular expression over the end of the name -> r,
+    lora_alpha. bias: "none", "all" or "lora_only", which base biases train. modules_to_save: names of modules that
+    train whole.
+
+    Raises:
+        ValueError: a value that is out of range or not supported, naming the field.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_bias: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            setattr(self, entry.name, _plain(getattr(self, entry.name)))
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lora_only'")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, [], ""):
+                raise ValueError(f"{name} needs target_modules as a list of names, got {self.target_modules!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+        self.spec()
+        for pattern in {**self.rank_pattern, **self.alpha_pattern}:
+            self.spec(self.rank_pattern.get(pattern), self.alpha_pattern.get(pattern))
+
+    def spec(self, r: int | None = None, lora_alpha: float | None = None) -> AdapterSpec:
+        """One layer's settings: the config's, with this rank and alpha where given."""
+        return AdapterSpec(
+            self.r if r is None else r,
+            self.lora_alpha if lora_alpha is None else lora_alpha,
+            self.lora_dropout,
+            self.use_rslora,
+            self.lora_bias,
+            self.init_lora_weights,
+        )
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names that the task type adds to modules_to_save, where the model has them."""
+        return _TASK_HEADS.get(self.task_type, ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        return {**dataclasses.asdict(self), "peft_type": "LORA"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
+        """From adapter_config.json. A field that asks for something not implemented here raises ValueError."""
+        values = {name: _plain(value) for name, value in values.items()}
+        if values.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"peft_type is {values['peft_type']!r}; expected 'LORA'")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name in known or name in _NO_EFFECT or value in UNSUPPORTED.get(name, (None, False, "", [], {})):
+                continue
+            raise ValueError(f"{name}={value!r} is not supported by peft_kernels: leave the field at its default")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_peft(cls, config: Any) -> "LoraConfig":
+        """From a `peft.LoraConfig` object (or one of ours, returned as it is)."""
+        if isinstance(config, cls):
+            return config
+        if not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
+            raise ValueError(f"config is a {type(config).__name__}; expected a LoraConfig of peft_kernels or peft")
+        if getattr(config, "_custom_modules", None):
+            raise ValueError("the config has custom modules registered, which peft_kernels does not use")
+        return cls.from_dict(config.to_dict())
