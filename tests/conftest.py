@@ -1,8 +1,14 @@
 """Seeds, poisoned memory, and the implementations that the value tests run on, by name."""
 
+import os
+
 import pytest
 import torch
-from cases import Implementation, implementations
+from cases import implementations
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores: with a full set of threads each, they wait for one another (measured 10 x slower).
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 if torch.cuda.is_available():
     # cuBLAS may otherwise add split-K partial sums in 16 bits: a rounding that no bound here allows.
@@ -35,8 +41,3 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@pytest.fixture
-def on_cpu(impl: Implementation) -> bool:
-    return impl.device == "cpu"

@@ -1,0 +1,51 @@
+"""The suite's own strength: each planted fault must turn a check red, the unmutated implementation none."""
+
+from contextlib import nullcontext
+
+import bounds
+import checks
+import mutants_backward  # noqa: F401  (registers its faults)
+import mutants_forward  # noqa: F401
+import pytest
+import torch
+from cases import Case, Implementation
+from mutants import BWD, FWD, MUTANTS
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def _cases(dtype: torch.dtype) -> list[Case]:
+    """A few of the kinds of value cases; every fault must be seen in each dtype, however wide its bounds are."""
+    return [
+        Case(37, 53, 71, 12, dtype),
+        Case(37, 53, 71, 12, dtype, dropout=0.5, adapters=torch.float32),
+        Case(37, 53, 71, 12, dtype, layout="transposed"),
+        Case(1024, 3, 1024, 1, dtype, dropout=0.5),
+        Case(5000, 5, 1000, 3, dtype, positive=True),
+    ]
+
+
+def first_red(impl: Implementation, dtype: torch.dtype) -> str | None:
+    """The first check that fails for `impl`, with its message; None when all are green."""
+    runs = [(check, case) for case in _cases(dtype) for check in checks.CHECKS]
+    runs += [(checks.check_repeats, _cases(dtype)[0])]
+    for check, case in runs:
+        try:
+            with bounds.sums_in_one_chain() if case.positive else nullcontext():  # as test_long_sums_of_one_sign
+                check(impl, case)
+        except AssertionError as error:
+            return f"{check.__name__}[{case}]: {error}"
+    return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_unmutated_is_green(dtype):
+    assert first_red(Implementation("reference", "cpu", FWD, BWD), dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_fault_is_caught(fault, dtype):
+    red = first_red(MUTANTS[fault], dtype)
+    assert red is not None, f"{fault} passes every check in {dtype}"
+    print(f"{fault}: {red}")
