@@ -173,9 +173,7 @@ def report(demo: Demo, before: float, after: dict, runs: dict, footprints: dict,
     if len(runs) == 2:
         gaps = [abs(a - b) for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
         summary["loss_difference"] = {"max": max(gaps), "mean": sum(gaps) / len(gaps)}
-        print(
-            f"\nLoss curves: largest difference {max(gaps):.4f}, mean {summary['loss_difference']['mean']:.4f}"
-        )
+        print(f"\nLoss curves: largest difference {max(gaps):.4f}, mean {summary['loss_difference']['mean']:.4f}")
     return summary
 
 

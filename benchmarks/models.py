@@ -95,9 +95,9 @@ def with_peft(base: nn.Module, rank: int, seed: int) -> nn.Module:
 
 def with_fused(base: nn.Module, rank: int, peft_model: nn.Module) -> nn.Module:
     """`base`, copied, with FusedLoRALinear on every linear layer, and the adapter that `peft_model` saves."""
-    config = pk.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = pk.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = pk.inject(sharing_copy(base), config)
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder)
-        pk.load_adapter(model, folder)
+        pk.load_adapter(model, folder, is_trainable=True)
     return model
