@@ -1,5 +1,42 @@
 """Hand-written kernels for parameter-efficient fine-tuning."""
 
-from .kernels.lora_linear.autograd import lora_linear
+import importlib
 
-__all__ = ["lora_linear"]
+from .kernels.lora_linear.autograd import lora_linear
+from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapter, trainable_parameters, unmerge
+from .methods.coverage import coverage
+from .methods.lora import inject
+from .methods.lora_config import LoraConfig
+from .nn import FusedLoRALinear
+
+__all__ = [
+    "FusedLoRALinear",
+    "LoraConfig",
+    "coverage",
+    "delete_adapter",
+    "disable_adapter",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "trainable_parameters",
+    "unmerge",
+]
+
+# Names that need an optional package, imported when first used: name -> (module, package to install).
+_OPTIONAL = {
+    "save_adapter": (".interop.peft", "safetensors"),
+    "load_adapter": (".interop.peft", "safetensors"),
+}
+
+
+def __getattr__(name: str):
+    if name not in _OPTIONAL:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, package = _OPTIONAL[name]
+    try:
+        return getattr(importlib.import_module(module, __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"peft_kernels.{name} needs {package}: pip install {package}") from error

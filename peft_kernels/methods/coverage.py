@@ -56,7 +56,7 @@ def _fused(layer: FusedLoRALinear) -> tuple[str, str, str]:
         return "torch", "linear", "adapters disabled" if layer.disabled else "no active adapter"
     device = layer.weight.device.type
     kernel = OWNERS.get(("lora_linear_fwd", {"cpu": "CPU", "cuda": "CUDA"}.get(device)), "reference")
-    reason = "" if kernel != "reference" else f"no compiled kernel for {device}: see python -m peft_kernels"
+    reason = "" if kernel != "reference" else f"no compiled kernel for {device}"
     names = layer.active_adapters
     if len(groups) == 1:
         return kernel, "base + " + " + ".join(names) + " in one call", reason

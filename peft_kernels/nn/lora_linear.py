@@ -172,7 +172,7 @@ class FusedLoRALinear(nn.Module):
                 self.lora_A[name],
                 self.lora_B[name],
                 self.scaling[name],
-                self.lora_bias[name] if name in self.lora_bias else None,
+                self.lora_bias.get(name),
                 self.specs[name].lora_dropout if self.training else 0.0,
             )
             for name in self._active
