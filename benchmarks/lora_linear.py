@@ -1,0 +1,147 @@
+"""The LoRA linear's contenders: the frozen floor, ours, HF PEFT as its users call it, and the plain composition."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels._core.registry import OWNERS
+from peft_kernels.kernels.lora_linear import configs
+
+from .environment import version
+from .lora_linear_check import SCALING, Build, Inputs, Layer, LoRACase, make_inputs, step, value_errors
+from .measure import Contender, input_sets, saved_bytes
+
+_OURS = "peft_kernels"
+_OURS_FP32 = "peft_kernels, fp32 adapters"
+
+
+def _adapters(inputs: Inputs, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    if dtype is None:
+        return inputs.lora_a, inputs.lora_b
+    return tuple(t.detach().to(dtype, copy=True).requires_grad_() for t in (inputs.lora_a, inputs.lora_b))
+
+
+def frozen(case: LoRACase, inputs: Inputs) -> Layer:
+    """The floor: what the frozen linear costs without an adapter, forward and dx, by the same library."""
+    return Layer(lambda x: F.linear(x, inputs.weight))
+
+
+def ours(
+    adapter_dtype: torch.dtype | None = None,
+    train_a: bool = True,
+    within: Callable[[], AbstractContextManager] = nullcontext,
+) -> Build:
+    """`within()` is a context manager under which a step runs (a GEMM path by name)."""
+
+    def build(case: LoRACase, inputs: Inputs) -> Layer:
+        a, b = _adapters(inputs, adapter_dtype)
+        a = a if train_a else a.detach()
+        return Layer(
+            lambda x: pk.lora_linear(x, inputs.weight, a, b, SCALING, None, case.dropout),
+            (a, b) if train_a else (b,),
+            within=within,
+        )
+
+    return build
+
+
+def composition(case: LoRACase, inputs: Inputs) -> Layer:
+    """What one writes by hand in PyTorch."""
+    a, b, weight, dropout = inputs.lora_a, inputs.lora_b, inputs.weight, nn.Dropout(case.dropout)
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, weight) + F.linear(F.linear(dropout(x), a), b) * SCALING
+
+    return Layer(forward, (a, b), dropout)
+
+
+def peft_layer(fp32_adapters: bool, compiled: bool = False) -> Build:
+    """PEFT's `lora.Linear` as `get_peft_model` makes it, over the same weight and with the same adapter values.
+
+    fp32_adapters: PEFT's default (`autocast_adapter_dtype=True`), which keeps 16-bit models' adapters in fp32.
+    """
+
+    def build(case: LoRACase, inputs: Inputs) -> Layer:
+        from peft import LoraConfig, get_peft_model  # a peer: only here when it is installed
+
+        linear = nn.utils.skip_init(nn.Linear, case.K, case.N, bias=False, dtype=case.dtype, device=inputs.x.device)
+        linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
+        config = LoraConfig(
+            r=case.R, lora_alpha=round(SCALING * case.R), lora_dropout=case.dropout, target_modules=["linear"]
+        )
+        model = nn.Sequential(OrderedDict(linear=linear))
+        model = get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters).train()
+        layer = model.base_model.model.linear
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a.data.copy_(inputs.lora_a.detach())
+        b.data.copy_(inputs.lora_b.detach())
+        dropout = layer.lora_dropout["default"]
+        forward = torch.compile(layer, dynamic=False) if compiled else layer
+        return Layer(forward, (a, b), dropout if isinstance(dropout, nn.Dropout) else None)
+
+    return build
+
+
+def layer_saved_bytes(case: LoRACase, inputs: Inputs, build: Build) -> int:
+    """Bytes that one layer keeps for backward, x included, parameters not."""
+    layer = build(case, inputs)
+    parameters = (inputs.weight, inputs.lora_a, inputs.lora_b, *layer.trained)
+    return saved_bytes(lambda: layer.forward(inputs.x), parameters)
+
+
+def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]]:
+    """Ours by its default choice and, where Triton owns the op, by each GEMM path by name."""
+    owner = OWNERS["lora_linear_fwd", device.upper()]
+    if owner != "triton":
+        return [(_OURS, "ours", owner, "", ours())]
+    major, minor = torch.cuda.get_device_capability()
+    picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, 10 * major + minor)
+    source = "measured" if picked.measured else "model"
+    found = [(_OURS, "ours", f"triton {picked.path} (chosen: {source})", "", ours())]
+    for path in configs.PATHS:
+        found.append((f"{_OURS}, {path}", "ours", f"triton {path}", "", ours(within=partial(configs.force, path=path))))
+    return found
+
+
+def _field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]]:
+    """(name, role, implementation, rival, build) of every contender, whether its peer is installed or not."""
+    torch_version, peft = f"torch {torch.__version__}", f"peft {version('peft')}"
+    found = [
+        ("frozen linear", "floor", torch_version, "", frozen),
+        *_our_field(case, device),
+        ("PEFT", "peer", peft, _OURS, peft_layer(False)),
+        ("PyTorch composition", "peer", torch_version, _OURS, composition),
+    ]
+    if case.dtype.itemsize == 2:
+        owner = OWNERS["lora_linear_fwd", device.upper()]
+        found += [
+            (_OURS_FP32, "ours", owner, "", ours(torch.float32)),
+            ("PEFT, fp32 adapters (its default)", "peer", peft, _OURS_FP32, peft_layer(True)),
+        ]
+    if case.compiled:
+        found.append(("PEFT, torch.compile", "peer", peft, _OURS, peft_layer(False, compiled=True)))
+    return found
+
+
+def contenders(case: LoRACase, device: str) -> list[Contender]:
+    """Every contender of the case, bound to rotating input sets that all of them share."""
+    sets = [make_inputs(case, device, seed) for seed in range(input_sets(case.set_bytes, device))]
+    found = []
+    for name, role, implementation, rival, build in _field(case, device):
+        contender = Contender(name, role, sets=len(sets), implementation=implementation, rival=rival)
+        found.append(contender)
+        if name.startswith("PEFT") and version("peft") == "none":
+            contender.missing = "not installed: pip install peft"
+            continue
+        layers = [build(case, inputs) for inputs in sets]
+        contender.step = lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)])
+        contender.check = lambda layers=layers: value_errors(case, sets[0], layers[0])
+        if not name.endswith("compile"):  # a compiled graph keeps tensors that no hook sees
+            contender.saved = lambda build=build: layer_saved_bytes(case, sets[0], build)
+    return found

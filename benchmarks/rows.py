@@ -1,0 +1,87 @@
+"""Result rows: one CSV schema for every primitive, written whole or not at all, and the tables printed from it."""
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+KEY = ("primitive", "case", "dtype", "contender", "timing", "device", "threads")
+"""What makes a row one: a new measurement replaces the row with the same key."""
+
+MEASURED = (
+    "role",  # floor, ours or peer
+    "implementation",  # which kernel ran: native, triton (with its path), reference, or a peer's version
+    "status",  # ok, or why there is no figure: wrong values, not installed, out of memory, error
+    "samples",
+    "ms_p50",
+    "ms_p20",
+    "ms_p80",
+    "ratio_floor",  # median over the rounds of this / floor, both measured in that round
+    "ratio_floor_low",  # 95 % confidence interval of that median
+    "ratio_floor_high",
+    "ours_over_this",  # median over the rounds of ours / this: below 1 is where ours is faster
+    "ours_over_this_low",
+    "ours_over_this_high",
+    "peak_bytes",  # most allocated during one forward and backward, minus what was allocated before
+    "saved_bytes",  # kept between forward and backward, parameters not counted
+    "error_over_bound",  # worst |value - fp64 truth| / derived bound over sampled outputs and gradients
+)
+
+WHERE = ("driver", "cuda", "isa", "python", "torch", "triton", "peft", "commit", "source", "date")
+
+COLUMNS = KEY + MEASURED + WHERE
+
+Row = dict[str, str]
+
+
+def make_row(**values: object) -> Row:
+    """A row of every column, as text; a float keeps five significant digits, what is not given is empty.
+
+    Raises:
+        KeyError: a value that is no column.
+    """
+    unknown = set(values) - set(COLUMNS)
+    if unknown:
+        raise KeyError(f"no such column: {', '.join(sorted(unknown))}")
+    return {name: _text(values.get(name)) for name in COLUMNS}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a result file, none when it is not there.
+
+    Raises:
+        ValueError: a file with other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has columns {reader.fieldnames}; expected {list(COLUMNS)}")
+        return list(reader)
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Merge `rows` into the file at `path`: same key replaces, others stay, sorted; the file is never half-written."""
+    merged = {tuple(row[name] for name in KEY): row for row in [*read(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", newline="", dir=path.parent, suffix=".csv", delete=False) as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged[key] for key in sorted(merged))
+    os.chmod(file.name, 0o644)  # a temporary file is private, a result is not
+    os.replace(file.name, path)
+
+
+def markdown(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A GitHub table; cells are printed as they are."""
+    return tabulate(list(lines), headers=list(headers), tablefmt="github", disable_numparse=True)
