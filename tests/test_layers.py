@@ -33,8 +33,8 @@ def layer(module: str) -> int:
         return RANK["_core"]
     if parts[1] == "_shared":  # Triton code that primitives share lies below their triton_impl
         return RANK["reference"]
-    # A primitive's other files are parts of its Triton layer, or of what their name begins with.
-    return RANK.get(parts[2], RANK["triton_impl"])
+    # Other files of a primitive: triton_* are parts of its Triton layer, all else is what those stand on.
+    return RANK.get(parts[2], RANK["triton_impl" if parts[2].startswith("triton") else "configs"])
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -66,7 +66,8 @@ def _targets(node: ast.stmt, module: str, is_package: bool, known: set[str]) -> 
 
 def _belongs_together(module: str, target: str) -> bool:
     """Files of one layer may use each other only inside one folder: a primitive's Triton files, nn, _core."""
-    return module.rpartition(".")[0] == target.rpartition(".")[0] or target == module.rpartition(".")[0]
+    depth = 2 if module.startswith("kernels.") else 1
+    return module.split(".")[:depth] == target.split(".")[:depth]
 
 
 def _fault(module: str, target: str) -> str | None:
@@ -152,7 +153,9 @@ def test_native_code_stays_short():
         ("kernels/toy/op.py", "from ..other.reference import x", "primitives import each other"),
         ("interop/peft.py", "from ..memory import model", "sideways"),
         ("nn/layer.py", "def f():\n    from ..kernels.toy import autograd", "inside a function"),
+        ("interop/__init__.py", "from .. import memory", "sideways"),
         ("nn/layer.py", "from ..kernels.toy import autograd", None),
+        ("nn/__init__.py", "from .layer import Layer", None),
         ("kernels/toy/op.py", "from ..._core.registry import define\nfrom . import reference, triton_impl", None),
         ("kernels/toy/triton_impl.py", "from .._shared import tiles\nfrom . import configs", None),
         ("__init__.py", "from .nn.layer import Layer\nfrom .interop import peft", None),
