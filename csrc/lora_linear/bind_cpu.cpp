@@ -1,0 +1,178 @@
+// lora_linear_fwd and lora_linear_bwd for the CPU key: checks, outputs, and the two base products through at::addmm.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "lora_linear.h"
+
+namespace peft_kernels {
+
+#define PEFT_KERNELS_DECLARE(isa) \
+  namespace isa {                 \
+  extern const LoraKernels lora_linear_kernels; \
+  }
+PEFT_KERNELS_DECLARE(portable)
+#if defined(PEFT_KERNELS_X86)
+PEFT_KERNELS_DECLARE(avx2)
+PEFT_KERNELS_DECLARE(avx512)
+PEFT_KERNELS_DECLARE(avx512bf16)
+#endif
+
+const LoraKernels& lora_kernels() {
+  switch (active_isa()) {
+#if defined(PEFT_KERNELS_X86)
+    case Isa::avx2: return avx2::lora_linear_kernels;
+    case Isa::avx512: return avx512::lora_linear_kernels;
+    case Isa::avx512bf16: return avx512bf16::lora_linear_kernels;
+#endif
+    default: return portable::lora_linear_kernels;
+  }
+}
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The op may be called inside autocast or with tensors that require grad; what happens here is below both.
+struct BelowAutogradAndAutocast {
+  at::AutoDispatchBelowADInplaceOrView autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::DispatchKey::AutocastCPU};
+};
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kDouble: return Dtype::f64;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    default:
+      TORCH_CHECK(false, "lora_linear: ", name, " is ", t.scalar_type(), "; expected float32, float64, bfloat16 or float16");
+  }
+}
+
+void check_shape(const Tensor& t, const char* name, at::IntArrayRef expected) {
+  TORCH_CHECK(t.sizes() == expected, "lora_linear: ", name, " has shape ", t.sizes(), "; expected ", expected);
+}
+
+// Unit column stride, which the kernels need; any row stride, zero too, stays as it is.
+Tensor unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+
+Tensor adapter(const Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+
+Rows rows_of(const Tensor& t) { return Rows{t.const_data_ptr(), t.stride(0)}; }
+
+at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+                                           const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
+                                           double scaling, int64_t threshold) {
+  const BelowAutogradAndAutocast guard;
+  TORCH_CHECK(x.dim() == 2, "lora_linear: x has shape ", x.sizes(), "; expected two dimensions, [M, K]");
+  TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_linear: lora_a has shape ", lora_a.sizes(), " and lora_b ",
+              lora_b.sizes(), "; expected [R, K] and [N, R]");
+  const int64_t M = x.size(0), K = x.size(1), R = lora_a.size(0), N = lora_b.size(0);
+  check_shape(lora_a, "lora_a", {R, K});
+  check_shape(lora_b, "lora_b", {N, R});
+  if (weight) check_shape(*weight, "weight", {N, K});
+  if (bias) check_shape(*bias, "bias", {N});
+
+  const Tensor x_rows = unit_columns(x);
+  const Tensor a = adapter(lora_a, x.scalar_type()), b = adapter(lora_b, x.scalar_type());
+  const Tensor bias_acc = bias ? bias->to(accumulator(x.scalar_type())).contiguous() : Tensor();
+  Tensor y = at::empty({M, N}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor s = at::empty({M, R}, y.options());
+  Tensor mask = seed ? at::empty({M, (K + 7) / 8}, y.options().dtype(at::kByte)) : at::empty({0}, y.options().dtype(at::kByte));
+
+  LoraForward f;
+  f.dtype = dtype_of(x, "x");
+  f.M = M, f.N = N, f.K = K, f.R = R;
+  f.x = rows_of(x_rows), f.a = rows_of(a), f.b = rows_of(b);
+  f.bias = bias ? bias_acc.const_data_ptr() : nullptr;
+  f.scaling = scaling;
+  f.y = y.mutable_data_ptr(), f.s = s.mutable_data_ptr();
+  if (seed) {
+    TORCH_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 1, "lora_linear: seed is ", seed->scalar_type(), " ",
+                seed->sizes(), "; expected int64 [1]");
+    f.mask = mask.mutable_data_ptr<uint8_t>();
+    f.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+    f.threshold = threshold;
+  }
+  f.threads = at::get_num_threads();
+  if (M > 0 && R > 0) lora_kernels().forward(f);
+  if (weight && M > 0) y.addmm_(x_rows, weight->to(x.scalar_type()).t());
+  return {y, s, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight,
+                                                    const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& s,
+                                                    const Tensor& mask, double scaling, bool need_dx, bool need_dlora_a,
+                                                    bool need_dlora_b, bool need_dbias) {
+  const BelowAutogradAndAutocast guard;
+  TORCH_CHECK(dy.dim() == 2, "lora_linear: dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
+  TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_linear: lora_a has shape ", lora_a.sizes(), " and lora_b ",
+              lora_b.sizes(), "; expected [R, K] and [N, R]");
+  const int64_t M = dy.size(0), N = dy.size(1), R = lora_a.size(0), K = lora_a.size(1);
+  check_shape(lora_b, "lora_b", {N, R});
+  if (weight) check_shape(*weight, "weight", {N, K});
+  TORCH_CHECK(x || !need_dlora_a, "lora_linear: x is None; expected [M, K] because dlora_a is asked for");
+  TORCH_CHECK(s || !need_dlora_b, "lora_linear: s is None; expected [M, R] because dlora_b is asked for");
+  const at::ScalarType dtype = dy.scalar_type();
+
+  const Tensor dy_rows = unit_columns(dy);
+  const Tensor a = adapter(lora_a, dtype), b = adapter(lora_b, dtype);
+  Tensor x_rows, s_rows;
+  LoraBackward f;
+  f.dtype = dtype_of(dy, "dy");
+  f.M = M, f.N = N, f.K = K, f.R = R;
+  f.dy = rows_of(dy_rows), f.a = rows_of(a), f.b = rows_of(b);
+  if (need_dlora_a) {
+    check_shape(*x, "x", {M, K});
+    x_rows = unit_columns(x->to(dtype));
+    f.x = rows_of(x_rows);
+  }
+  if (need_dlora_b) {
+    check_shape(*s, "s", {M, R});
+    s_rows = unit_columns(s->to(dtype));
+    f.s = rows_of(s_rows);
+  }
+  if (mask.numel()) {
+    check_shape(mask, "mask", {M, (K + 7) / 8});
+    TORCH_CHECK(mask.is_contiguous() && mask.scalar_type() == at::kByte, "lora_linear: mask is ", mask.scalar_type(),
+                "; expected contiguous uint8");
+    f.mask = mask.const_data_ptr<uint8_t>();
+  }
+  f.scaling = scaling;
+
+  const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+  const auto out = [&](bool needed, at::IntArrayRef shape, at::ScalarType type, void** data) {
+    Tensor t = needed ? at::empty(shape, options.dtype(type)) : at::empty({0}, options);
+    if (needed) *data = t.mutable_data_ptr();
+    return t;
+  };
+  Tensor dx = out(need_dx, {M, K}, dtype, &f.dx);
+  Tensor da = out(need_dlora_a, {R, K}, lora_a.scalar_type(), &f.da);
+  Tensor db = out(need_dlora_b, {N, R}, lora_b.scalar_type(), &f.db);
+  Tensor dbias = out(need_dbias, {N}, accumulator(dtype), &f.dbias);
+  f.da_dtype = dtype_of(lora_a, "lora_a");
+  f.db_dtype = dtype_of(lora_b, "lora_b");
+  f.threads = at::get_num_threads();
+  if (M == 0) f.dx = nullptr;  // an empty tensor's null pointer already says so; the sums below become zero
+  lora_kernels().backward(f);
+  if (need_dx && weight && M > 0) dx.addmm_(dy_rows, weight->to(dtype));
+  return {dx, da, db, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peft_kernels, CPU, m) {
+  m.impl("lora_linear_fwd", TORCH_FN(forward));
+  m.impl("lora_linear_bwd", TORCH_FN(backward));
+}
+
+}  // namespace peft_kernels

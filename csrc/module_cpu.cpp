@@ -1,0 +1,39 @@
+// The extension module _C_cpu: loading it registers the CPU kernels; its functions say how it was built and what it uses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "common/cpu_isa.h"
+
+namespace py = pybind11;
+namespace pk = peft_kernels;
+
+PYBIND11_MODULE(_C_cpu, m) {
+  m.doc() = "CPU kernels of peft_kernels";
+  m.def("isa", [] { return pk::isa_name(pk::active_isa()); }, "Name of the instruction set in use.");
+  m.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (pk::Isa isa : pk::available_isas()) names.push_back(pk::isa_name(isa));
+        return names;
+      },
+      "Instruction sets that are compiled in and that this CPU has, weakest first.");
+  m.def(
+      "set_isa", [](const std::string& name) { pk::set_active_isa(pk::isa_from_name(name)); }, py::arg("name"),
+      "Use another available instruction set, for tests. Raises ValueError for one that is not available.");
+  m.def("build_info", [] {
+    py::dict info;
+    info["torch"] = PEFT_KERNELS_TORCH_VERSION;
+    info["compiler"] = PEFT_KERNELS_COMPILER;
+    info["openmp"] = PEFT_KERNELS_OPENMP;
+#if defined(PEFT_KERNELS_X86)
+    info["isas"] = std::vector<std::string>{"portable", "avx2", "avx512", "avx512bf16"};
+#else
+    info["isas"] = std::vector<std::string>{"portable"};
+#endif
+    return info;
+  });
+}

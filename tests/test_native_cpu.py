@@ -1,0 +1,154 @@
+"""The C++ CPU kernels, for every instruction set this machine has: values, gradients, dropout, blocking edges, threads."""
+
+import bounds
+import checks
+import pytest
+import torch
+from cases import DTYPES, LONG_SUMS, VALUE_CASES, Case, Implementation, inputs
+
+from peft_kernels._core import native
+from peft_kernels.kernels.lora_linear import op, reference
+
+_C = native.EXTENSIONS.get("_C_cpu")
+pytestmark = [
+    pytest.mark.skipif(_C is None, reason=f"_C_cpu: {native.MISSING.get('_C_cpu')}"),
+    pytest.mark.usefixtures("poisoned"),
+]
+ISAS = _C.available_isas() if _C else []
+IMPL = Implementation("native", "cpu", op.lora_linear_fwd, op.lora_linear_bwd)
+
+EDGES = [
+    # Past one chunk of columns (256, bf16 512), one block of rows (96), one panel of ranks (64) and of columns.
+    Case(M, N, K, R, dtype, dropout=dropout)
+    for dtype in DTYPES
+    for M, N, K, R, dropout in (
+        (97, 513, 259, 65, 0.1),
+        (191, 255, 1027, 257, 0.0),
+        (7, 1, 33, 130, 0.5),
+        (193, 33, 1, 48, 0.0),
+    )
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", VALUE_CASES + EDGES, ids=str)
+def test_values(isa, case):
+    for check in checks.CHECKS:
+        check(IMPL, case)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(3000, 70, 40, 5, t) for t in DTYPES] + [Case(5, 40, 5000, 9, t) for t in DTYPES], ids=str
+)
+def test_sums_of_several_levels(isa, case):
+    """Long enough that partial sums over rows, and over columns, are joined into totals."""
+    for check in checks.CHECKS:
+        check(IMPL, case)
+
+
+@pytest.mark.parametrize("case", LONG_SUMS, ids=str)
+def test_long_sums_of_one_sign(isa, case):
+    """The full bound holds here: with no weight every sum is ours."""
+    case = Case(case.M, case.N, case.K, case.R, case.dtype, weight=None, positive=True)
+    for check in checks.CHECKS:
+        check(IMPL, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_any_subset_of_gradients(isa, dtype, dropout):
+    checks.check_subsets(IMPL, Case(37, 53, 71, 12, dtype, dropout=dropout))
+    checks.check_subsets(IMPL, Case(0, 17, 13, 3, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_every_run(isa, dtype):
+    checks.check_repeats(IMPL, Case(257, 300, 515, 24, dtype, dropout=0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_any_number_of_threads(isa, threads, count, dtype):
+    threads(count)
+    for M in (0, 1, 23, 130):
+        case = Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0)
+        for check in checks.CHECKS:
+            check(IMPL, case)
+
+
+@pytest.mark.parametrize("threshold", [1, 6554, 32768, 65535, 65536])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (130, 257)], ids=str)
+def test_mask_is_the_references(isa, shape, threshold):
+    for seed in (0, -1, 0x123456789ABCDEF, -(2**63)):
+        key = torch.tensor([seed])
+        x = torch.randn(shape)
+        _, _, mask = op.lora_linear_fwd(x, None, torch.randn(2, shape[1]), torch.randn(3, 2), None, key, 1.0, threshold)
+        expected = reference.dropout_mask(key, *shape, threshold)
+        assert torch.equal(bounds.keep_bits(mask, shape[1]), bounds.keep_bits(expected, shape[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_passes_through(isa, dtype):
+    """x and s cross the storage type: with A = 1 every finite value comes back as itself (subnormals may flush)."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
+    x = x[x.isfinite().flatten()]
+    one = torch.ones(1, 1, dtype=dtype)
+    _, s, _ = op.lora_linear_fwd(x, None, one, one, None, None, 1.0, 0)
+    assert ((s == x) | ((x.abs() < torch.finfo(dtype).smallest_normal) & (s == 0))).all()
+    for special in (torch.inf, -torch.inf, torch.nan):
+        _, s, _ = op.lora_linear_fwd(torch.full_like(one, special), None, one, one, None, None, 1.0, 0)
+        assert torch.equal(s, torch.full_like(one, special)) or (s.isnan().all() and special != special)
+
+
+def test_autocast_does_not_reach_inside():
+    data = inputs(Case(37, 53, 71, 12))
+    args = data.x, data.weight, data.lora_a, data.lora_b, None, None, data.scaling, 0
+    expected = op.lora_linear_fwd(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, s, _ = op.lora_linear_fwd(*args)
+    assert torch.equal(y, expected[0]) and torch.equal(s, expected[1])
+
+
+def test_gradients_of_a_sum_are_read_without_copies(isa):
+    """y.sum().backward() hands down one element expanded to [M, N]."""
+    case = Case(37, 53, 71, 12)
+    data = inputs(case)
+    s = torch.randn(37, 12)
+    dy = torch.ones(()).expand(37, 53)
+    grads = op.lora_linear_bwd(
+        dy, data.x, data.weight, data.lora_a, data.lora_b, s, data.mask, data.scaling, True, True, True, True
+    )
+    truth = bounds.backward(dy, data.x, data.weight, data.lora_a, data.lora_b, s, data.mask, data.scaling)
+    for name, grad in zip(checks.GRADIENTS, grads, strict=True):
+        bounds.assert_within(grad, *truth[name], name)
+
+
+def test_bad_arguments_are_named():
+    data = inputs(Case(37, 53, 71, 12))
+    with pytest.raises(RuntimeError, match="lora_linear: lora_a has shape"):
+        op.lora_linear_fwd(data.x, None, data.lora_a[:, :5], data.lora_b, None, None, 1.0, 0)
+    with pytest.raises(RuntimeError, match="lora_linear: x is Int"):
+        op.lora_linear_fwd(data.x.int(), None, data.lora_a, data.lora_b, None, None, 1.0, 0)
+    with pytest.raises(ValueError, match="unknown instruction set 'mmx'; expected one of portable"):
+        _C.set_isa("mmx")
+
+
+def test_module_says_how_it_was_built():
+    info = _C.build_info()
+    assert info["torch"] == native.build_facts()["torch"]
+    assert _C.isa() == ISAS[-1], "the strongest instruction set is the default"
+    assert set(ISAS) <= set(info["isas"])
