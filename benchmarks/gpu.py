@@ -1,0 +1,154 @@
+"""`make gpu`: build, tests by implementation, ceilings, every case beside its floor and peers, a short table; resumable.
+
+    python -m benchmarks.gpu [--device cuda|cpu] [--only lora_linear] [--out DIR] [--tune] [--quick] [--force]
+
+The environment variables DEVICE, ONLY, OUT, TUNE, QUICK and FORCE say the same. No network, no git needed. With
+--device cpu the same steps run on tiny shapes: a rehearsal, whose rows go to build/rehearsal and are no result.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from peft_kernels._core.registry import OWNERS
+
+from . import environment, rows, summary
+from .cases import PRIMITIVES
+from .steps import FAILED, NOT_RUN, OVERRAN, Outcome, Step, run_steps
+
+_PY = sys.executable
+_BUILD = ("-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", "-e", ".")
+_BUILD_INPUTS = ("setup.py", "CMakeLists.txt", "pyproject.toml", "csrc")
+_REHEARSAL_EVERY = 40  # of the value tests: a rehearsal of the step, the suite itself runs in `make test`
+_QUICK_EVERY = 8
+
+
+def _built(root: Path) -> bool:
+    """Whether the extensions were built after the last change of what they are built from."""
+    facts = root / "peft_kernels" / "_build.json"
+    inputs = [path for name in _BUILD_INPUTS for path in (root / name, *(root / name).rglob("*")) if path.is_file()]
+    return facts.exists() and facts.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
+
+
+def _build_step(device: str, root: Path) -> Step:
+    if device == "cpu" or _built(root):  # a rehearsal builds nothing: it says what is there
+        return Step("build", (_PY, "-m", "peft_kernels"), 60)
+    return Step("build", (_PY, *_BUILD), 180)
+
+
+def implementations(device: str, primitive: str) -> list[str]:
+    """Names of the tests' `impl` parameter that differ on this device, fastest kernel first."""
+    owner = OWNERS[f"{primitive}_fwd", device.upper()]
+    if device == "cpu":
+        return ["op", "reference"]
+    return {"native": ["op[cuda]", "triton[cuda]"], "triton": ["triton[cuda]"]}.get(owner, []) + ["reference[cuda]"]
+
+
+def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
+    """Values of each implementation by name, then the public functions on the device; the first red test stops all."""
+    every = _REHEARSAL_EVERY if device == "cpu" else _QUICK_EVERY if quick else 1
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if device == "cuda" else ()
+    pytest = (_PY, "-m", "pytest", "-x", "-q", "-p", "benchmarks.device_tests", *workers, "--every", str(every))
+    budget = {"cuda": 150, "cpu": 60}[device]
+    found = []
+    for primitive in only:
+        files = sorted(path.as_posix() for path in Path("tests").glob(f"test_{primitive}*.py"))
+        for name in implementations(device, primitive):
+            command = (*pytest, "--implementation", name, *files)
+            found.append(Step(f"values {primitive} {name}", command, budget))
+    # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
+    apart = tuple(f"--ignore=tests/test_{name}.py" for name in ("aot", "mutation", "demo", "benchmarks"))
+    public = (*pytest, "--implementation", "device", "tests", *apart)
+    return [*found, Step("public functions", public, budget, stops=(FAILED,))]
+
+
+def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, quick: bool, force: bool) -> list[Step]:
+    """Ceilings, then for each primitive its tuning, if asked for, and its suite on what the tuning found."""
+    where = ("--device", device)
+    found = [Step("ceilings", (_PY, "-m", "benchmarks.ceilings", *where, "--out", str(work)), 60, stops=(FAILED,))]
+    flags = ("--quick",) * quick + ("--force",) * force
+    for primitive in only:
+        env = {}
+        if tune and device == "cuda":
+            tuned = work / f"{primitive}_configs.json"
+            command = (_PY, "-m", "benchmarks.tune", primitive, "--out", str(tuned), *("--quick",) * quick)
+            found.append(Step(f"tune {primitive}", command, 200, stops=()))
+            env = {"PEFT_KERNELS_CONFIGS": str(tuned)}
+        suite = "gpu" if device == "cuda" else "tiny"
+        command = (_PY, "-m", "benchmarks.suite", primitive, "--suite", suite, *where)
+        command += ("--csv", str(work / f"{primitive}.csv"), *flags)
+        found.append(Step(f"measure {primitive}", command, 300, stops=(), env=env))
+    return found
+
+
+def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Path]:
+    """Merge what this version measured into `out`: a result file is replaced whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for primitive in only:
+        found = [row for row in rows.read(work / f"{primitive}.csv") if row["source"] == source]
+        if found:
+            rows.write(out / f"{primitive}.csv", found)
+            written.append(out / f"{primitive}.csv")
+    for name in ("ceilings.json", *(f"{primitive}_configs.json" for primitive in only)):
+        if (work / name).exists():
+            shutil.copyfile(work / name, out / name)
+            written.append(out / name)
+    return written
+
+
+def _report(device: str, work: Path, only: Sequence[str], source: str, outcomes: Sequence[Outcome]) -> str:
+    parts = [environment.describe(device), summary.ceilings(work / "ceilings.json")]
+    for primitive in only:
+        path = work / f"{primitive}.csv"
+        parts += [f"\n{primitive}: time over the floor, forward and backward\n", summary.table(path, source)]
+        parts += summary.problems(path, source)
+    lines = [(one.name, one.status, f"{one.seconds:.0f} s", one.note) for one in outcomes]
+    return "\n".join([*parts, "", rows.markdown(("step", "status", "took", ""), lines)])
+
+
+def _arguments() -> argparse.Namespace:
+    environ = os.environ.get
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=environ("DEVICE") or default)
+    parser.add_argument("--only", choices=sorted(PRIMITIVES), default=environ("ONLY") or None)
+    parser.add_argument("--out", type=Path, default=environ("OUT") or None, help="default: benchmarks/results")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for all steps together")
+    for name, meaning in (
+        ("tune", "sweep launch configurations first and print the rows to paste"),
+        ("quick", "an eighth of the tests, smaller shapes, fewer rounds"),
+        ("force", "repeat steps that are done for these sources"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", default=bool(environ(name.upper())), help=meaning)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = _arguments()
+    device, root = options.device, environment.ROOT
+    os.chdir(root)
+    only = [options.only] if options.only else sorted(PRIMITIVES)
+    slug, source = environment.device_slug(device), environment.source_hash()
+    work = root / "build" / "gpu" / slug
+    out = options.out or root / ("benchmarks/results" if device == "cuda" else "build/rehearsal")
+    print(environment.describe(device), flush=True)
+    steps = [_build_step(device, root), *_test_steps(device, only, options.quick)]
+    steps += _measure_steps(device, only, work, options.tune, options.quick, options.force)
+    outcomes = run_steps(steps, work, source, root, options.limit, options.force)
+    written = publish(work, Path(out) / slug, only, source)
+    print("\n" + _report(device, work, only, source, outcomes))
+    print("\n".join(f"wrote {path}" for path in written) + f"\nlogs in {work / 'logs'}")
+    bad = [one for one in outcomes if one.status in (FAILED, OVERRAN, NOT_RUN)]
+    if bad:
+        print(f"not done: {', '.join(one.name for one in bad)}; the same command goes on from there")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
