@@ -91,3 +91,16 @@ def test_bound_is_of_the_size_of_the_rounding():
         value, bound = truth[name]
         relative = (bound.median() / value.abs().median()).item()
         assert relative <= 16 * bounds.unit_roundoff(torch.bfloat16), f"{name}: {relative}"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(impl, threads):
+    """Rows and columns are shared out among threads: none twice, none left out, the same bits every run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for case in (Case(1000, 300, 515, 12, torch.bfloat16, dropout=0.5), Case(7, 2000, 500, 3, torch.float32)):
+            for check in (*checks.CHECKS, checks.check_repeats):
+                check(impl, case)
+    finally:
+        torch.set_num_threads(before)
