@@ -61,6 +61,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
+def _autocasts(device: torch.device) -> bool:
+    # Asked of a device without autocast, such as meta, is_autocast_enabled raises.
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _expect(ok: bool, name: str, tensor: Tensor, expected: str) -> None:
     if not ok:
         raise ValueError(f"lora_linear: {name} is {_describe(tensor)}; expected {expected}")
@@ -82,7 +87,8 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
     N = lora_b.shape[0]
     if weight is not None:
         _expect(tuple(weight.shape) == (N, K), "weight", weight, f"[{N}, {K}]")
-        _expect(weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type), "weight", weight, f"x's dtype, {x.dtype}")
+        fits = weight.dtype == x.dtype or _autocasts(x.device)
+        _expect(fits, "weight", weight, f"x's dtype, {x.dtype}")
     if bias is not None:
         _expect(tuple(bias.shape) == (N,), "bias", bias, f"[{N}]")
     if not 0.0 <= dropout_p <= 1.0:
@@ -121,7 +127,7 @@ def lora_linear(
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     _check(x, weight, lora_a, lora_b, bias, dropout_p)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     threshold = drop_threshold(dropout_p)
     seed = None
