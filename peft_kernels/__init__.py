@@ -12,6 +12,7 @@ from .nn import FusedLoRALinear
 __all__ = [
     "FusedLoRALinear",
     "LoraConfig",
+    "accelerate",
     "coverage",
     "delete_adapter",
     "disable_adapter",
@@ -29,6 +30,7 @@ __all__ = [
 _OPTIONAL = {
     "save_adapter": (".interop.peft", "safetensors"),
     "load_adapter": (".interop.peft", "safetensors"),
+    "accelerate": (".interop.peft_layers", "peft"),
 }
 
 

@@ -9,11 +9,10 @@ from torch import nn
 
 from .._core.registry import OWNERS
 from ..nn.base_linear import is_linear, read_by_parents, refusal
-from ..nn.combine import calls
-from ..nn.lora_linear import FusedLoRALinear
+from ..nn.combine import RunsLoRALinear, calls
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
-from .targets import is_all_linear, is_excluded, output_head, walk
+from .targets import is_all_linear, is_excluded, is_peft_layer, output_head, walk
 
 
 class Row(NamedTuple):
@@ -48,7 +47,10 @@ class Coverage:
         return f"{tabulate(table, headers)}\n{fused} of {len(self.rows)} linear layers run lora_linear"
 
 
-def _fused(layer: FusedLoRALinear) -> tuple[str, str, str]:
+def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
+    other = layer.fallback()
+    if other is not None:
+        return "torch", "HF PEFT", other
     groups = calls(layer.branches())
     if not groups:
         if layer.merged:
@@ -73,7 +75,8 @@ def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int
         return "output head, which all-linear leaves out"
     if any(is_excluded(config, name) for config in present):
         return "excluded by exclude_modules"
-    return "not targeted" if present else "no adapter injected"
+    adapted = any(isinstance(other, RunsLoRALinear) or is_peft_layer(other) for other in model.modules())
+    return "not targeted" if adapted else "no adapter injected"
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -83,8 +86,10 @@ def coverage(model: nn.Module) -> Coverage:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
+        elif is_peft_layer(module):
+            rows.append(Row(name, "torch", "HF PEFT", f"HF PEFT's {type(module).__name__}, not accelerated"))
         elif isinstance(module, TrainableCopy) and is_linear(module.original):
             rows.append(Row(name, "torch", "linear", "trains whole (modules_to_save)"))
         elif is_linear(module):

@@ -21,13 +21,18 @@ class Resolution:
     modules_to_save: dict[str, nn.Module] = field(default_factory=dict)
 
 
+def is_peft_layer(module: nn.Module) -> bool:
+    """HF PEFT's wrapper around one layer, recognised without importing peft."""
+    return "base_layer" in module._modules and any(c.__module__.startswith("peft.tuners") for c in type(module).__mro__)
+
+
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the model itself: not what lies inside our own wrappers. Shared modules come once per name."""
+    """(name, module) of the model itself: not what lies inside wrappers. Shared modules come once per name."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or (inside and name.startswith(inside)):
             continue
-        if isinstance(module, FusedLoRALinear | TrainableCopy):
+        if isinstance(module, FusedLoRALinear | TrainableCopy) or is_peft_layer(module):
             inside += (name + ".",)
         yield name, module
 
@@ -166,7 +171,7 @@ def resolve(model: nn.Module, config: LoraConfig, strict: bool = True) -> Resolu
         ValueError: a name that matches nothing, a module that cannot be adapted, or no module at all.
     """
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners"):
+        if is_peft_layer(module):
             raise ValueError(f"{name or 'the model'} is HF PEFT's {type(module).__name__}: use peft_kernels.accelerate")
     if not config.target_modules:
         raise ValueError(f"target_modules is {config.target_modules!r}; give names or 'all-linear': {_suffixes(model)}")

@@ -18,6 +18,21 @@ class Branch(NamedTuple):
     dropout_p: float
 
 
+class RunsLoRALinear:
+    """What `coverage` asks of a layer that runs its base linear and adapters through `adapted_linear`.
+
+    Beside these: attributes `weight`, `active_adapters`, `merged_adapters` and `disabled`.
+    """
+
+    def branches(self) -> list[Branch]:
+        """What the active adapters bring to the next forward; empty where only the base layer runs."""
+        raise NotImplementedError
+
+    def fallback(self) -> str | None:
+        """Why the next forward takes another path than ours, None when it does not."""
+        return None
+
+
 def calls(branches: list[Branch]) -> list[list[Branch]]:
     """The branches by kernel call: those that drop nothing share one, each other one needs a mask of its own."""
     together = [branch for branch in branches if branch.dropout_p == 0.0]

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, AdapterSpec, check_name, new_adapter
 from .base_linear import conv1d_class, refusal
-from .combine import Branch, adapted_linear
+from .combine import Branch, RunsLoRALinear, adapted_linear
 from .merging import merged_tensors
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(RunsLoRALinear, nn.Module):
     """y = x W^T + bias + sum over active adapters of scaling_i (dropout_i(x) A_i^T B_i^T + lora_bias_i).
 
     Built by `from_linear`; holds the wrapped layer's very own `weight` and `bias` Parameters under the same names, so
@@ -164,7 +164,6 @@ class FusedLoRALinear(nn.Module):
                 self.lora_bias[name].copy_(fresh.bias)
 
     def branches(self) -> list[Branch]:
-        """What the active adapters bring to the next forward; empty where only the base layer runs."""
         if self.disabled or self.merged:
             return []
         return [

@@ -1,0 +1,112 @@
+"""accelerate: a model wrapped by HF PEFT gives the same numbers through our op, and stays HF PEFT's in all else."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import bert, gpt2, ids, llama
+from torch import nn
+
+import peft_kernels as pk
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:`lora_bias")
+
+
+def wrapped(build, **settings) -> nn.Module:
+    model = peft.get_peft_model(build().double(), peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def loss_and_gradients(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = model(tokens).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+CASES = [
+    (llama, {"target_modules": "all-linear", "use_rslora": True}),
+    (gpt2, {"target_modules": "all-linear", "lora_bias": True, "bias": "lora_only"}),
+    (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+]
+
+
+@pytest.mark.parametrize(("build", "settings"), CASES, ids=["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_same_numbers_gradients_and_state_dict(build, settings, adapters):
+    theirs, tokens = wrapped(build, **settings).eval(), ids()
+    if adapters == 2:
+        if settings.get("bias"):
+            settings = {**settings, "bias": "none"}
+        theirs.add_adapter("second", peft.LoraConfig(**{**settings, "r": 2, "init_lora_weights": False}))
+        theirs.base_model.set_adapter(["default", "second"] if build is not bert else ["default"])
+    ours = copy.deepcopy(theirs)
+    assert pk.accelerate(ours) is ours
+    assert pk.accelerate(ours) is ours
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    found, expected = loss_and_gradients(ours, tokens), loss_and_gradients(theirs, tokens)
+    rounding = loss_and_gradients(copy.deepcopy(theirs).float(), tokens)
+    assert found.keys() == expected.keys() == rounding.keys()
+    for name, value in expected.items():
+        # Another order of the same fp64 sums: nearer than the same order in fp32.
+        assert (found[name] - value).abs().max() < (rounding[name] - value).abs().max(), name
+
+
+def test_our_op_really_runs(monkeypatch):
+    calls = []
+    original = torch.ops.peft_kernels.lora_linear_fwd.default
+    monkeypatch.setattr(
+        "peft_kernels.kernels.lora_linear.op.lora_linear_fwd", lambda *args: calls.append(1) or original(*args)
+    )
+    model = pk.accelerate(wrapped(llama, target_modules="all-linear"))
+    model(ids())
+    assert len(calls) == 21
+    rows = pk.coverage(model)
+    assert sum(row.kernel != "torch" for row in rows) == 21
+    assert {row.reason for row in rows if row.kernel == "torch"} == {"not targeted"}
+
+
+def test_dropout_disabling_merging_and_saving_stay_those_of_peft(tmp_path):
+    theirs = wrapped(gpt2, target_modules=["c_attn"], lora_dropout=0.5)
+    ours, tokens = pk.accelerate(copy.deepcopy(theirs)), ids()
+    ours.train()
+    assert not torch.equal(ours(tokens).logits, ours(tokens).logits)
+    ours.eval(), theirs.eval()
+    for model in (ours, theirs):
+        model.merge_adapter()
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    adapter_names = ["default", "__base__"]
+    assert torch.equal(
+        ours(input_ids=tokens, adapter_names=adapter_names).logits,
+        theirs(input_ids=tokens, adapter_names=adapter_names).logits,
+    )
+    twin = pickle.loads(pickle.dumps(ours.base_model.model.transformer.h[0].attn.c_attn))
+    assert type(twin).__name__ == "FusedPeftLinear"
+    ours.save_pretrained(tmp_path)
+    again = pk.load_adapter(gpt2().double(), tmp_path)
+    assert [row.module for row in pk.coverage(again) if row.kernel != "torch"]
+
+
+def test_what_it_does_not_do_is_left_to_peft_and_said():
+    theirs = wrapped(llama, target_modules=["q_proj"], use_dora=True).eval()
+    ours, tokens = copy.deepcopy(theirs), ids()
+    pk.accelerate(ours)
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    reasons = [row.reason for row in pk.coverage(ours) if row.module.endswith("q_proj")]
+    assert reasons == ["adapter default is a DoraLinearVariant"] * 3
+    with pytest.raises(
+        ValueError, match=r"embed_tokens: peft\.tuners\.lora\.layer\.Embedding is not peft's lora\.Linear"
+    ):
+        pk.accelerate(wrapped(llama, target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="no HF PEFT layer"):
+        pk.accelerate(llama())
