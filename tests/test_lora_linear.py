@@ -1,11 +1,14 @@
 """The LoRA linear's ops against fp64 truth, for every implementation: values, gradients, layouts, dropout, repeats."""
 
+from contextlib import nullcontext
+
 import bounds
 import checks
 import pytest
 import torch
 from cases import DTYPES, LONG_SUMS, VALUE_CASES, Case, inputs
 
+from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.lora_linear import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -26,8 +29,10 @@ def test_values(impl, check, case):
 @pytest.mark.parametrize("case", LONG_SUMS, ids=str)
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
 def test_long_sums_of_one_sign(impl, check, case):
-    # The base products are the BLAS's, and MKL adds 20,000 fp32 terms of a skinny product in one chain.
-    with bounds.sums_in_one_chain():
+    # MKL adds 20,000 fp32 terms of a skinny product in one chain. The sums over N and K of the base products are the
+    # BLAS's; those over M are of adapter and bias gradients alone, which our kernels cut into partial sums.
+    by_blas = impl.name.startswith("reference") or OWNERS["lora_linear_bwd", impl.device.upper()] == "reference"
+    with bounds.sums_in_one_chain() if by_blas or case.M < case.N + case.K else nullcontext():
         check(impl, case)
 
 
