@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p benchmarks.device_tests`): keep the tests of one implementation by name, or those of the device."""
+"""A pytest plugin (`-p benchmarks.device_tests`): keep one implementation's tests, or the device's."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`make gpu`: build, tests by implementation, ceilings, every case beside its floor and peers, a short table; resumable.
+"""`make gpu`: build, tests by implementation, ceilings, every case beside floor and peers, a short table; resumable.
 
     python -m benchmarks.gpu [--device cuda|cpu] [--only lora_linear] [--out DIR] [--tune] [--quick] [--force]
 
@@ -144,6 +144,8 @@ def main() -> int:
     written = publish(work, Path(out) / slug, only, source)
     print("\n" + _report(device, work, only, source, outcomes))
     print("\n".join(f"wrote {path}" for path in written) + f"\nlogs in {work / 'logs'}")
+    if environment.source_hash() != source:
+        print("the sources changed during the run: rows of the changed ones are not shown")
     bad = [one for one in outcomes if one.status in (FAILED, OVERRAN, NOT_RUN)]
     if bad:
         print(f"not done: {', '.join(one.name for one in bad)}; the same command goes on from there")

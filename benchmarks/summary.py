@@ -1,4 +1,4 @@
-"""The short table that `make gpu` prints last: every case over its floor, by contender, from the rows of this version."""
+"""The short table that `make gpu` prints last: every case over its floor, by contender, for one version."""
 
 import json
 from collections.abc import Sequence

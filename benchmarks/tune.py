@@ -53,7 +53,7 @@ def pass_choices(kernel: str, base: Config, case: LoRACase, arch: int | str) -> 
 
 
 def best_config(base: Config, case: LoRACase, arch: int | str, clock: Clock) -> tuple[Config, float | None]:
-    """One kernel after the other: the best GEMM and path first, then each pass under it; ties keep the model's choice."""
+    """One kernel after the other: the best path and GEMM first, then each pass under it; ties keep the first."""
     best, best_ms = base, clock([base])[0]
     for choices in (gemm_choices, *(partial(pass_choices, name) for name in ("down", "bwd_dy", "bwd_da"))):
         tried = [config for config in choices(best, case, arch) if config != best]
