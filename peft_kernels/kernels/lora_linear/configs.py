@@ -14,7 +14,8 @@ from math import ceil, log
 
 import torch
 
-from .parts import KERNELS, MAX_PASS_RANK, PARTS, Part, Tile, floors, nearest_part, pass_rank_block, problem
+from .parts import PARTS, Part, floors, nearest_part
+from .tiles import GEMM_TILES, KERNELS, MAX_PASS_RANK, Tile, candidates, family, pass_rank_block, problem
 
 PATHS = ("k_extension", "beta_one")
 _LAUNCH_SECONDS = 3e-6  # assumed, one more kernel in a stream
@@ -36,32 +37,6 @@ class Config:
     measured: str | None = None  # the GPU and date of the measurement, None: chosen by the model
 
 
-def gemm_candidates(part: Part, itemsize: int) -> tuple[Tile, ...]:
-    """The GEMM tiles tried for a part, best first among equals."""
-    if itemsize == 4:  # exact fp32 has no matrix unit: small tiles, else registers run out
-        return (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
-    small = (Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3))
-    if part.arch == "gfx942":
-        return Tile(128, 128, 32, 4, 2), Tile(64, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2)
-    if part.arch in (90, 100):
-        return Tile(128, 256, 64, 8, 3, subtiles=2), Tile(128, 128, 64, 4, 4, subtiles=2), *small
-    if part.arch == 80:
-        return Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 4, 4), *small
-    return Tile(128, 128, 32, 4, 3), *small
-
-
-def pass_candidates(kernel: str, part: Part, itemsize: int) -> tuple[Tile, ...]:
-    """Tiles of a skinny pass (span is set per shape), best first: the first that fits is taken."""
-    stages = 2 if part.arch == "gfx942" else 3
-    if itemsize == 4:
-        return tuple(Tile(m, n, num_warps=4, num_stages=2) for m, n in ((32, 64), (32, 32), (16, 32), (16, 16)))
-    if kernel == "down":
-        shapes = ((64, 128, 4), (32, 128, 4), (32, 64, 4))
-    else:
-        shapes = ((64, 512, 8), (32, 512, 8), (64, 256, 8), (32, 256, 8), (64, 128, 4), (32, 128, 4), (32, 64, 4))
-    return tuple(Tile(m, n, num_warps=warps, num_stages=stages) for m, n, warps in shapes)
-
-
 def _waves(programs: int, part: Part) -> float:
     """Time of `programs` equal pieces over the time they would take spread evenly."""
     return ceil(programs / part.sms) * part.sms / programs
@@ -77,10 +52,10 @@ def _gemm_seconds(tile: Tile, M: int, N: int, K: int, itemsize: int, part: Part,
 
 
 def _cublas_seconds(M: int, N: int, K: int, itemsize: int, part: Part) -> float:
-    """Tiles as ours at the part's full rate, but never worse than 1.1 of the ideal: it also has split-K and stream-K."""
+    """Tiles as ours at the part's full rate, but never worse than 1.1 of the ideal: it has split-K too."""
     rate = part.flops_16bit if itemsize == 2 else part.flops_fp32
     ideal = max(2 * M * N * K / rate, itemsize * (M * K + N * K + M * N) / part.bandwidth)
-    tiled = min(_gemm_seconds(tile, M, N, K, itemsize, part, 1.0) for tile in gemm_candidates(part, itemsize))
+    tiled = min(_gemm_seconds(tile, M, N, K, itemsize, part, 1.0) for tile in GEMM_TILES[family(part, itemsize)])
     return min(max(ideal, tiled), 1.1 * ideal)
 
 
@@ -95,34 +70,33 @@ def path_seconds(tile: Tile, M: int, N: int, K: int, R: int, itemsize: int, part
 
 
 def _pick_gemm(M: int, N: int, K: int, R: int, itemsize: int, part: Part) -> Tile:
-    fitting = [t for t in gemm_candidates(part, itemsize) if problem("gemm", t, R, itemsize, part) is None]
+    fitting = candidates("gemm", R, itemsize, part)
     return min(fitting, key=lambda t: _gemm_seconds(t, M, N, K, itemsize, part, part.gemm_ratio))
 
 
 def _pick_pass(kernel: str, M: int, cols: int, R: int, itemsize: int, part: Part) -> Tile:
-    """A tile of [M, cols] and the span that gives about one program per SM without tiny pieces."""
-    rank = R if kernel != "bwd_dy" else min(R, MAX_PASS_RANK)
-    options = []
-    for tile in pass_candidates(kernel, part, itemsize):
-        if kernel == "down":
-            blocks = ceil(M / tile.block_m)
-            split = max(1, min(part.sms // max(blocks, 1), cols // (2 * tile.block_n)))
-            span = ceil(cols / split / tile.block_n) * tile.block_n
-        else:
-            blocks = ceil(cols / tile.block_n)
-            wanted = [s for s in _ROWS_PER_PROGRAM if s >= tile.block_m and ceil(M / s) * blocks >= 0.9 * part.sms]
-            span = wanted[0] if wanted else tile.block_m
-        option = replace(tile, span=max(span, tile.block_n if kernel == "down" else tile.block_m))
-        if problem(kernel, option, rank, itemsize, part) is None:
-            options.append(option)
-    return options[0]
+    """A tile over [M, cols] and the span that gives about one program per SM without tiny pieces."""
+    tile = candidates(kernel, min(R, MAX_PASS_RANK), itemsize, part)[0]
+    if kernel == "down":
+        split = max(1, min(part.sms // ceil(M / tile.block_m), cols // (2 * tile.block_n)))
+        return replace(tile, span=ceil(cols / split / tile.block_n) * tile.block_n)
+    blocks = ceil(cols / tile.block_n)
+    wide = [s for s in _ROWS_PER_PROGRAM if s >= tile.block_m and ceil(M / s) * blocks >= 0.9 * part.sms]
+    return replace(tile, span=wide[0] if wide else tile.block_m)
+
+
+def _dy_passes(tile: Tile, R: int, itemsize: int) -> int:
+    """One read of dy writes and reads R fp32 partials of g per block_n columns; past a second read of dy, two."""
+    return 1 if R <= MAX_PASS_RANK and 8 * pass_rank_block(R) <= itemsize * tile.block_n else 2
 
 
 @lru_cache(maxsize=4096)
 def _model_config(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int | str) -> Config:
     part, _ = nearest_part(arch)
     b = dtype.itemsize
+    M = max(M, 1)
     gemm = _pick_gemm(M, N, K, R, b, part)
+    bwd_dy = _pick_pass("bwd_dy", M, N, R, b, part)
     seconds = path_seconds(gemm, M, N, K, R, b, part)
     # fp32: cuBLAS's exact SGEMM is far ahead of a Triton dot without matrix units.
     path = "beta_one" if b == 4 else min(PATHS, key=seconds.__getitem__)
@@ -130,9 +104,9 @@ def _model_config(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int 
         path=path,
         gemm=gemm,
         down=_pick_pass("down", M, K, R, b, part),
-        bwd_dy=_pick_pass("bwd_dy", M, N, R, b, part),
+        bwd_dy=bwd_dy,
         bwd_da=_pick_pass("bwd_da", M, K, R, b, part),
-        dy_passes=1 if R <= MAX_PASS_RANK else 2,
+        dy_passes=_dy_passes(bwd_dy, R, b),
         descriptors=part.descriptors,
     )
 

@@ -1,4 +1,4 @@
-"""The GPUs that configurations are made for, the floor of every kernel on them, and which tiles fit."""
+"""The GPUs that configurations are made for, and the floor of every kernel on them."""
 
 from dataclasses import dataclass
 
@@ -49,85 +49,6 @@ def nearest_part(arch: int | str) -> tuple[Part, str]:
     known = sorted(key for key in PARTS if isinstance(key, int))
     below = [key for key in known if key <= arch] or known[:1]
     return PARTS[below[-1]], f"no table for compute capability {arch}: that of {below[-1]} ({PARTS[below[-1]].name})"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is launched.
-
-    The GEMM walks block_k; the skinny passes own block_m rows by block_n columns and walk `span` elements of the
-    long axis (columns for "down", rows for "bwd_dy" and "bwd_da").
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int = 0  # GEMM only
-    num_warps: int = 4
-    num_stages: int = 3
-    span: int = 0  # passes only
-    group_m: int = 8  # GEMM only
-    subtiles: int = 1  # GEMM only: 2 stores the tile in halves
-
-
-KERNELS = ("gemm", "down", "bwd_dy", "bwd_da")
-MAX_PASS_RANK = 128  # wider ranks are cut into blocks; the one-pass dy kernel is not used beyond it
-
-
-def pass_rank_block(R: int) -> int:
-    """Columns of the rank axis that a skinny pass holds at once: a power of two in [16, 128]."""
-    return min(MAX_PASS_RANK, max(16, 1 << (R - 1).bit_length()))
-
-
-def gemm_rank_block(R: int) -> int:
-    """Rank columns per step of the K-extension: its tiles share the block's memory with the pipeline."""
-    return min(64, pass_rank_block(R))
-
-
-def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> int:
-    """Shared memory the compiled kernel may take: an upper estimate, which test_aot.py holds against the compiler."""
-    stages = max(1, tile.num_stages - 1) if isinstance(part.arch, str) else tile.num_stages
-    barriers = 1024
-    if kernel == "gemm":
-        rank = gemm_rank_block(R)
-        loop = stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
-        low_rank = (tile.block_m + tile.block_n) * rank * itemsize
-        store = tile.block_m * tile.block_n * itemsize // tile.subtiles
-        # Persistent with descriptors: the pipeline's, the rank tile's and the store's buffers live side by side.
-        if part.descriptors:
-            return loop + tile.block_n * rank * itemsize + store + barriers
-        return max(loop, low_rank, tile.block_m * tile.block_n * itemsize) + barriers
-    rank = pass_rank_block(R)
-    big = tile.block_m * tile.block_n * itemsize
-    if kernel == "down":
-        return stages * (big + tile.block_n * rank * itemsize) + barriers
-    small = tile.block_m * rank * itemsize
-    resident = tile.block_n * rank * itemsize if kernel == "bwd_dy" else 0
-    return stages * (big + small) + resident + barriers
-
-
-def problem(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> str | None:
-    """Why `tile` cannot run `kernel` at rank R on `part`; None when it can. Shared by the heuristic and by tuning."""
-    blocks = [tile.block_m, tile.block_n] + ([tile.block_k] if kernel == "gemm" else [])
-    if any(block < 16 or block & (block - 1) for block in blocks):
-        return f"blocks {blocks} must be powers of two, 16 or more"
-    if tile.num_warps not in (1, 2, 4, 8, 16) or tile.num_stages < 1:
-        return f"num_warps {tile.num_warps} must be 1, 2, 4, 8 or 16 and num_stages {tile.num_stages} at least 1"
-    if kernel != "gemm":
-        step = tile.block_n if kernel == "down" else tile.block_m
-        if tile.span < step or tile.span % step:
-            return f"span {tile.span} must be a multiple of its step {step}"
-    if kernel == "bwd_dy" and R > MAX_PASS_RANK:
-        return f"rank {R} is over {MAX_PASS_RANK}: dy takes two passes"
-    need = shared_bytes(kernel, tile, R, itemsize, part)
-    if need > part.shared_bytes:
-        return f"needs about {need} bytes of shared memory, {part.name} has {part.shared_bytes}"
-    rank = pass_rank_block(R)
-    outer = {"gemm": tile.block_n, "down": rank, "bwd_dy": rank, "bwd_da": rank}[kernel]
-    accumulators = (tile.block_n if kernel in ("bwd_dy", "bwd_da") else tile.block_m) * outer
-    lanes = 64 if isinstance(part.arch, str) else 32
-    if accumulators // (lanes * tile.num_warps) > 128:
-        return f"{accumulators} accumulators over {tile.num_warps} warps leave no registers"
-    return None
 
 
 def floors(M: int, N: int, K: int, R: int, dtype: torch.dtype, part: Part) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The LoRA GEMM in Triton: c = p @ q + alpha * drop(l @ t) + bias, for the forward (q = weight.T) and dx (q = weight)."""
+"""The LoRA GEMM in Triton: c = p @ q + alpha * drop(l @ t) + bias; q is weight.T in the forward, weight in dx."""
 
 import triton
 import triton.language as tl

@@ -6,15 +6,9 @@ from . import reference
 from .configs import Config, pick_config
 from .triton_launch import TL_DTYPES, arch_of, down, dy_pass, gemm, outer
 
-_BYTES_FP32 = 4
-
 
 def _config(M: int, N: int, K: int, R: int, like: Tensor) -> Config:
     return pick_config(M, N, K, R, like.dtype, arch_of(like.device))
-
-
-def _splits(length: int, span: int) -> int:
-    return -(-length // span)
 
 
 def lora_linear_fwd(
@@ -27,7 +21,10 @@ def lora_linear_fwd(
     scaling: float,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward: arguments and results of reference.lora_linear_fwd. float64 has no Triton kernels: the reference runs."""
+    """Forward: arguments and results of reference.lora_linear_fwd.
+
+    The kernels own fp32, bf16 and fp16 activations; float64 has none and runs the reference, on any device.
+    """
     if x.dtype not in TL_DTYPES:
         return reference.lora_linear_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, threshold)
     (M, K), N, R = x.shape, lora_b.shape[0], lora_a.shape[0]
@@ -59,7 +56,7 @@ def lora_linear_bwd(
     need_dlora_b: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward: arguments and results of reference.lora_linear_bwd. float64 has no Triton kernels: the reference runs."""
+    """Backward: arguments and results of reference.lora_linear_bwd; float64 runs the reference, as in the forward."""
     (M, N), (R, K) = dy.shape, lora_a.shape
     needed = (need_dx, need_dlora_a, need_dlora_b, need_dbias)
     if dy.dtype not in TL_DTYPES or M == 0 or N == 0 or K == 0:
@@ -102,3 +99,43 @@ def _dx(
     if config.path == "k_extension":
         return gemm(dy, weight, g, lora_a, scaling, config, mask=mask)
     return gemm(None, None, g, lora_a, scaling, config, mask=mask).addmm_(dy, weight)
+
+
+def _parts_bytes(length: int, span: int, size: int) -> int:
+    """Bytes of the fp32 partial buffer of `size` elements whose long axis is cut into spans."""
+    return 4 * size * -(-length // span)
+
+
+def _cast_bytes(weight: Tensor | None, like: Tensor) -> int:
+    return 0 if weight is None or weight.dtype == like.dtype else weight.numel() * like.element_size()
+
+
+def lora_linear_fwd_workspace(x, weight, lora_a, lora_b, bias, seed, scaling, threshold) -> int:
+    """Most bytes of temporaries that lora_linear_fwd holds at a time, from shapes and dtypes only."""
+    (M, K), N, R = x.shape, lora_b.shape[0], lora_a.shape[0]
+    if x.dtype not in TL_DTYPES or 0 in (M, N, K):
+        return 0
+    tile = _config(M, N, K, R, x).down
+    parts = _parts_bytes(K, tile.span, M * R) if tile.span < K else 0
+    return max(parts, _cast_bytes(weight, x))
+
+
+def lora_linear_bwd_workspace(
+    dy, x, weight, lora_a, lora_b, s, mask, scaling, need_dx, need_dlora_a, need_dlora_b, need_dbias
+) -> int:
+    """Most bytes of temporaries that lora_linear_bwd holds at a time, from shapes and dtypes only."""
+    (M, N), (R, K) = dy.shape, lora_a.shape
+    if dy.dtype not in TL_DTYPES or 0 in (M, N, K):
+        return 0
+    config = _config(M, N, K, R, dy)
+    need_g = need_dx or need_dlora_a
+    dbias = need_dbias * _parts_bytes(M, config.bwd_dy.span, N)
+    if config.dy_passes == 1:
+        g_parts = need_g * _parts_bytes(N, config.bwd_dy.block_n, M * R)
+        from_dy = g_parts + need_dlora_b * _parts_bytes(M, config.bwd_dy.span, N * R) + dbias
+    else:
+        g_parts = need_g * _parts_bytes(N, config.down.span, M * R) if config.down.span < N else 0
+        from_dy = max(g_parts, need_dlora_b * _parts_bytes(M, config.bwd_da.span, N * R), dbias)
+    cast = need_dx * _cast_bytes(weight, dy)
+    da_parts = need_dlora_a * _parts_bytes(M, config.bwd_da.span, R * K)
+    return need_g * M * R * dy.element_size() + max(from_dy, cast, da_parts)

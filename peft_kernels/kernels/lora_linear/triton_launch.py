@@ -10,8 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._shared.sums import sum_parts
 from .configs import Config
-from .parts import Tile, gemm_rank_block, pass_rank_block
 from .reference import PHILOX_ROUNDS
+from .tiles import Tile, gemm_rank_block, pass_rank_block
 from .triton_gemm import _lora_gemm_kernel
 from .triton_passes import _lora_bwd_da_kernel, _lora_bwd_dy_kernel, _lora_down_kernel
 
@@ -118,7 +118,7 @@ def gemm(
 def dy_pass(
     dy: Tensor, lora_b: Tensor, s: Tensor | None, scaling: float, tile: Tile, need_g: bool, need_dbias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(g [M, R], dlora_b [N, R] if s is given, dbias [N]) from one read of dy [M, N]; None for what is not asked for."""
+    """(g [M, R], dlora_b [N, R] if s is given, dbias [N]) from one read of dy [M, N]; None where not asked for."""
     M, N = dy.shape
     R = lora_b.shape[1]
     row_parts, col_parts = triton.cdiv(M, tile.span), triton.cdiv(N, tile.block_n)

@@ -15,7 +15,7 @@ def _lora_down_kernel(
     HAS_DROPOUT: tl.constexpr, ROUNDS: tl.constexpr, PRECISION: tl.constexpr, FLUSH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """s[part] [M, R] = drop(x) @ a.T over columns [part * span, (part + 1) * span); draws and writes the packed mask."""
+    """s[part] [M, R] = drop(x) @ a.T over columns [part * span, (part + 1) * span); draws and writes the mask."""
     pid_m, part, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)

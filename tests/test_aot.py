@@ -1,0 +1,161 @@
+"""The machine-code gate: every Triton kernel of every plan, compiled for GPUs that are not here, and read.
+
+On each part: no spills, registers and shared memory within limits (and within the estimate that configs.py plans with),
+the part's matrix instruction, 128-bit loads of x and dy, copies that run ahead of the arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton, which is optional")
+
+import aot
+
+from peft_kernels.kernels._shared import sums
+from peft_kernels.kernels.lora_linear import triton_impl, triton_launch
+from peft_kernels.kernels.lora_linear.configs import force, pick_config
+from peft_kernels.kernels.lora_linear.parts import PARTS, Part
+from peft_kernels.kernels.lora_linear.tiles import GEMM_TILES, family, problem, shared_bytes
+
+M, N, K = 8192, 4096, 4096
+KERNEL_NAMES = {
+    "_lora_gemm_kernel": "gemm",
+    "_lora_down_kernel": "down",
+    "_lora_bwd_dy_kernel": "bwd_dy",
+    "_lora_bwd_da_kernel": "bwd_da",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward and backward; together the calls take every flag of every kernel, at least once per part."""
+
+    name: str
+    R: int
+    dtype: torch.dtype = torch.bfloat16
+    adapters: torch.dtype | None = None
+    dropout: bool = False
+    bias: bool = True
+    transposed: bool = False  # the weight is a transposed view (GPT-2's Conv1D)
+    plan: tuple = (("path", "k_extension"),)
+
+
+CALLS = (
+    Call("bf16-r16", 16),
+    Call("bf16-r16-drop", 16, dropout=True, bias=False),
+    Call("bf16-r64-drop-transposed", 64, dropout=True, transposed=True),
+    Call("bf16-r128-drop", 128, dropout=True),
+    Call("bf16-r64-one-pass", 64, plan=(("dy_passes", 1), ("path", "beta_one"))),
+    Call("fp16-r64-fp32-adapters-beta-one-drop", 64, torch.float16, torch.float32, True, plan=(("path", "beta_one"),)),
+    Call("fp16-r32", 32, torch.float16, transposed=True),
+    Call("fp32-r16", 16, torch.float32),
+    Call("fp32-r64-drop", 64, torch.float32, dropout=True),
+    Call("fp32-r128-drop", 128, torch.float32, dropout=True),
+)
+
+
+def record(call: Call, arch: int | str, monkeypatch, M: int = M) -> list[aot.Launch]:
+    """The launches of a forward and backward on `arch`, from tensors that have no memory."""
+    monkeypatch.setattr(triton_impl, "arch_of", lambda device: arch)
+
+    def tensor(*shape: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    adapters = call.adapters or call.dtype
+    lora_a, lora_b = tensor(call.R, K, dtype=adapters), tensor(N, call.R, dtype=adapters)
+    weight = tensor(K, N).t() if call.transposed else tensor(N, K)
+    seed = tensor(1, dtype=torch.int64) if call.dropout else None
+    x, bias = tensor(M, K), tensor(N) if call.bias else None
+    with force(**dict(call.plan)), aot.recording(triton_launch, sums) as launches:
+        _, s, mask = triton_impl.lora_linear_fwd(x, weight, lora_a, lora_b, bias, seed, 2.0, 6554)
+        triton_impl.lora_linear_bwd(tensor(M, N), x, weight, lora_a, lora_b, s, mask, 2.0, True, True, True, True)
+    return launches
+
+
+def _check_limits(compiled: aot.Compiled, part: Part, what: str) -> None:
+    assert compiled.spills == 0, f"{what}: {compiled.spills} spills"
+    if isinstance(part.arch, int):
+        assert compiled.registers <= 255, f"{what}: {compiled.registers} registers"
+    assert compiled.shared <= part.shared_bytes, f"{what}: {compiled.shared} bytes of shared memory"
+
+
+def _check_estimate(launch: aot.Launch, compiled: aot.Compiled, call: Call, part: Part, what: str) -> None:
+    kernel, keys = KERNEL_NAMES[launch.kernel.__name__], launch.keywords
+    config = pick_config(M, N, K, call.R, call.dtype, part.arch)
+    tile = getattr(config, kernel)
+    if kernel == "gemm" and not keys["HAS_BASE"]:
+        return
+    estimate = shared_bytes(kernel, tile, call.R, call.dtype.itemsize, part)
+    assert compiled.shared <= estimate, f"{what}: {compiled.shared} bytes of shared memory, estimated {estimate}"
+
+
+def _check_instructions(launch: aot.Launch, compiled: aot.Compiled, part: Part, what: str) -> None:
+    keys = launch.keywords
+    kernel = KERNEL_NAMES[launch.kernel.__name__]
+    base = keys.get("HAS_BASE", True)
+    exact = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float32 for arg in launch.args[:1])
+    exact = exact or getattr(getattr(launch.args[0], "base", None), "dtype", None) == torch.float32
+    if part.arch == "gfx942":
+        assert compiled.count("v_mfma"), f"{what}: no matrix instruction"
+        assert compiled.count("global_load_dwordx4", "buffer_load_dwordx4"), f"{what}: no 128-bit load"
+        return
+    if not exact:
+        # The base product takes the part's own unit; a skinny product may be too narrow for it and take mma.sync.
+        own = {90: ("HGMMA",), 100: ("UTCHMMA",)}.get(part.arch, ("HMMA",))
+        wanted = own if kernel == "gemm" and base else (*own, "HMMA")
+        assert compiled.count(*wanted), f"{what}: none of {wanted}"
+    if kernel == "gemm" and base and part.descriptors:
+        assert compiled.count("UTMALDG") and compiled.count("UTMASTG"), f"{what}: no TMA"
+    elif kernel == "gemm" and not base:
+        return
+    else:
+        wide = compiled.count("LDG.E.128") + compiled.count_wide_copies()
+        assert wide, f"{what}: no 128-bit load"
+        assert compiled.count("LDGSTS"), f"{what}: no asynchronous copy"
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+@pytest.mark.parametrize("arch", PARTS)
+def test_machine_code(arch, call, monkeypatch):
+    part = PARTS[arch]
+    faults = []
+    for launch in record(call, arch, monkeypatch):
+        name = launch.kernel.__name__
+        compiled = aot.compile_launch(launch, arch)
+        what = f"{name} { ({k: v for k, v in launch.keywords.items() if k.isupper() or k.startswith('num')}) }"
+        checks = [lambda c=compiled, w=what: _check_limits(c, part, w)]
+        if name in KERNEL_NAMES:
+            checks.append(lambda x=launch, c=compiled, w=what: _check_estimate(x, c, call, part, w))
+            checks.append(lambda x=launch, c=compiled, w=what: _check_instructions(x, c, part, w))
+        for check in checks:
+            try:
+                check()
+            except AssertionError as error:
+                faults.append(str(error).splitlines()[0])
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("arch", PARTS)
+def test_every_gemm_tile_of_the_table(arch, monkeypatch):
+    """The tiles that smaller shapes take: forward and masked dx, with and without a base product."""
+    part = PARTS[arch]
+    for tile in GEMM_TILES[family(part, 2)]:
+        assert problem("gemm", tile, 64, 2, part) is None, f"{tile} does not fit {part.name}"
+        call = Call("tile", 64, dropout=True, plan=(("path", "k_extension"), ("gemm", tile)))
+        launches = [x for x in record(call, arch, monkeypatch) if x.kernel.__name__ == "_lora_gemm_kernel"]
+        for launch in launches:
+            compiled = aot.compile_launch(launch, arch)
+            _check_limits(compiled, part, str(tile))
+            assert compiled.shared <= shared_bytes("gemm", tile, 64, 2, part), tile
+
+
+def test_the_tile_that_research_found_too_large_is_rejected():
+    """128x256x64 with 3 stages and an unsplit store at r = 64 takes 245,784 bytes, over Hopper's 232,448."""
+    part = PARTS[90]
+    tile = GEMM_TILES["wide"][0]
+    whole = type(tile)(128, 256, 64, 8, 3, subtiles=1)
+    assert problem("gemm", whole, 16, 2, part) is None
+    assert "shared memory" in problem("gemm", whole, 64, 2, part)
+    assert problem("gemm", tile, 64, 2, part) is None
