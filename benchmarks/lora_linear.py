@@ -95,13 +95,20 @@ def layer_saved_bytes(case: LoRACase, inputs: Inputs, build: Build) -> int:
     return saved_bytes(lambda: layer.forward(inputs.x), parameters)
 
 
+def arch_here() -> int | str:
+    """The key of this GPU in the config table: 90 for compute capability 9.0, "gfx942" on ROCm."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]]:
     """Ours by its default choice and, where Triton owns the op, by each GEMM path by name."""
     owner = OWNERS["lora_linear_fwd", device.upper()]
     if owner != "triton":
         return [(_OURS, "ours", owner, "", ours())]
-    major, minor = torch.cuda.get_device_capability()
-    picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, 10 * major + minor)
+    picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch_here())
     source = "measured" if picked.measured else "model"
     found = [(_OURS, "ours", f"triton {picked.path} (chosen: {source})", "", ours())]
     for path in configs.PATHS:

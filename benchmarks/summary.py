@@ -46,7 +46,7 @@ def table(path: Path, source: str) -> str:
         floor = next((row for row in by.values() if row["role"] == "floor"), None)
         time = f"{float(floor['ms_p50']):.4g}" if floor and floor["ms_p50"] else "-"
         lines.append(
-            (case, dtype, timing, time, *(_cell(by.get(name)) for name in names), _peaks(by, names[0], "PEFT"))
+            (case, dtype, timing, time, *(_cell(by.get(name)) for name in names), _peaks(by, "peft_kernels", "PEFT"))
         )
     return rows.markdown(("case", "dtype", "timing", "floor ms", *names, "peak MiB ours/PEFT"), lines)
 

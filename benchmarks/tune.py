@@ -11,45 +11,40 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from peft_kernels.kernels.lora_linear import configs
 from peft_kernels.kernels.lora_linear.configs import Config
-from peft_kernels.kernels.lora_linear.parts import MAX_PASS_RANK, nearest_part, problem
-from peft_kernels.kernels.lora_linear.triton_launch import arch_of
+from peft_kernels.kernels.lora_linear.parts import nearest_part
+from peft_kernels.kernels.lora_linear.tiles import MAX_PASS_RANK, candidates
 
 from . import cases, environment, measure
-from .lora_linear import ours
+from .lora_linear import arch_here, ours
 from .lora_linear_check import LoRACase, make_inputs, step, value_errors
 
 Clock = Callable[[Sequence[Config]], list[float | None]]
 """Median milliseconds of forward and backward under each config; None where it fails or computes wrong values."""
 
 
-def _fits(kernel: str, config: Config, case: LoRACase, arch: int | str) -> bool:
-    part, _ = nearest_part(arch)
-    rank = case.R if kernel == "gemm" else min(case.R, MAX_PASS_RANK)
-    return problem(kernel, getattr(config, kernel), rank, case.dtype.itemsize, part) is None
+def _tiles(kernel: str, case: LoRACase, arch: int | str) -> tuple:
+    return candidates(kernel, min(case.R, MAX_PASS_RANK), case.dtype.itemsize, nearest_part(arch)[0])
 
 
 def gemm_choices(base: Config, case: LoRACase, arch: int | str) -> list[Config]:
     """Every path with every GEMM tile that fits."""
-    tiles = configs.gemm_candidates(nearest_part(arch)[0], case.dtype.itemsize)
-    found = [replace(base, path=path, gemm=tile) for path in configs.PATHS for tile in tiles]
-    return [config for config in found if _fits("gemm", config, case, arch)]
+    return [replace(base, path=path, gemm=tile) for path in configs.PATHS for tile in _tiles("gemm", case, arch)]
 
 
 def pass_choices(kernel: str, base: Config, case: LoRACase, arch: int | str) -> list[Config]:
-    """Every tile of a skinny pass that fits, with the model's span and with half and twice it."""
-    span = getattr(base, kernel).span
-    tiles = configs.pass_candidates(kernel, nearest_part(arch)[0], case.dtype.itemsize)
-    found = []
-    for tile in tiles:
+    """Every tile of a skinny pass that fits, with the present span, half and twice it; dy in one read and in two."""
+    span, found = getattr(base, kernel).span, []
+    for tile in _tiles(kernel, case, arch):
         unit = tile.block_n if kernel == "down" else tile.block_m
-        spans = dict.fromkeys(max(unit, wanted // unit * unit) for wanted in (span, span // 2, 2 * span))
-        found += [replace(base, **{kernel: replace(tile, span=wanted)}) for wanted in spans]
-    return [config for config in found if _fits(kernel, config, case, arch)]
+        for wanted in dict.fromkeys(max(unit, one // unit * unit) for one in (span, span // 2, 2 * span)):
+            found.append(replace(base, **{kernel: replace(tile, span=wanted)}))
+    if kernel == "bwd_dy" and case.R <= MAX_PASS_RANK:
+        found += [replace(config, dy_passes=3 - base.dy_passes) for config in found]
+    return found
 
 
 def best_config(base: Config, case: LoRACase, arch: int | str, clock: Clock) -> tuple[Config, float | None]:
@@ -110,7 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    arch = arch_of(torch.device("cuda", torch.cuda.current_device()))
+    arch = arch_here()
     chosen = [case for case in cases.PRIMITIVES[options.primitive].suites["gpu"] if not case.dropout]
     chosen = cases.quick(chosen) if options.quick else chosen
     env = environment.environment("cuda")
