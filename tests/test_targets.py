@@ -69,6 +69,41 @@ def test_rank_and_alpha_patterns_are_those_of_peft():
         assert (layer.specs["default"].r, layer.scaling["default"]) == (theirs.r["default"], theirs.scaling["default"])
 
 
+def experts() -> nn.Module:
+    """Numbers at two depths and names that end alike, as in a mixture of experts."""
+
+    def layer() -> nn.Module:
+        blocks = [nn.ModuleDict({"up": nn.Linear(4, 4), "gate_up": nn.Linear(4, 4)}) for _ in range(3)]
+        return nn.ModuleDict({"experts": nn.ModuleList(blocks)})
+
+    return nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(layer() for _ in range(2))})})
+
+
+@pytest.mark.parametrize("layers_pattern", [None, "layers", "experts"])
+def test_layers_to_transform_counts_layers_not_experts(layers_pattern):
+    settings = {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": layers_pattern}
+    ours = resolve(experts(), LoraConfig(**settings)).targets
+    wrapped = peft.get_peft_model(experts(), peft.LoraConfig(**settings))
+    assert set(ours) == set(wrapped.base_model.targeted_module_names)
+    assert len(ours) == (2 if layers_pattern == "experts" else 3)
+
+
+def test_a_rank_pattern_matches_whole_names():
+    config = LoraConfig(target_modules="all-linear", r=2, rank_pattern={"up": 1, "experts.0.gate_up": 3})
+    ranks = {}
+    for name, layer in fused_layers(pk.inject(experts(), config)):
+        ranks.setdefault(name.rpartition(".")[2], []).append(layer.specs["default"].r)
+    assert ranks == {"up": [1] * 6, "gate_up": [3, 2, 2] * 2}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_what_a_config_says_in_vain_is_warned_of(field):
+    with pytest.warns(UserWarning, match=f"{field} 'nowhere' matches no targeted module"):
+        resolve(experts(), LoraConfig(target_modules=["up"], **{field: {"nowhere": 1}}))
+    with pytest.warns(UserWarning, match=r"exclude_modules=\['down'\] excludes nothing"):
+        resolve(experts(), LoraConfig(target_modules=["up"], exclude_modules=["down"]))
+
+
 TRAINING = [
     (llama, {"target_modules": ["q_proj"]}),
     (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
