@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..._core import native
 from ..._core.registry import define_op
-from . import reference
+from ..._core.sharding import share
+from . import reference, sharding
 
 if native.HAS_TRITON:
     from . import triton_impl
@@ -23,9 +24,7 @@ def _fwd_fake(x, weight, lora_a, lora_b, bias, seed, scaling, threshold):
     )
 
 
-def _bwd_fake(
-    dy, x, weight, lora_a, lora_b, s, mask, scaling, need_dx, need_dlora_a, need_dlora_b, need_dbias
-):
+def _bwd_fake(dy, x, weight, lora_a, lora_b, s, mask, scaling, need_dx, need_dlora_a, need_dlora_b, need_dbias):
     def out(needed: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
         return dy.new_empty(shape if needed else (0,), dtype=dtype if needed else dy.dtype)
 
@@ -43,6 +42,7 @@ lora_linear_fwd = define_op(
     reference=reference.lora_linear_fwd,
     fake=_fwd_fake,
     triton=triton_impl and triton_impl.lora_linear_fwd,
+    workspace=triton_impl and triton_impl.lora_linear_fwd_workspace,
 )
 
 lora_linear_bwd = define_op(
@@ -52,4 +52,8 @@ lora_linear_bwd = define_op(
     reference=reference.lora_linear_bwd,
     fake=_bwd_fake,
     triton=triton_impl and triton_impl.lora_linear_bwd,
+    workspace=triton_impl and triton_impl.lora_linear_bwd_workspace,
 )
+
+share(lora_linear_fwd, sharding.lora_linear_fwd)
+share(lora_linear_bwd, sharding.lora_linear_bwd)
