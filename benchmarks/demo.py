@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import csv
 import json
 import os
 import platform
@@ -12,11 +11,11 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from tabulate import tabulate
 from tqdm import tqdm
 
 import peft_kernels as pk
-from benchmarks import finetune, footprint, models, sentiment
+from benchmarks import demo_report, finetune, footprint, models, sentiment
+from peft_kernels._core.registry import OWNERS
 
 PEFT, FUSED = "PEFT LoRA", "FusedLoRALinear"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,6 +34,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-peft", action="store_true", help="train the fused model only")
+    exact = "steps that both also train in fp32, where their curves may differ by fp32 rounding only (0: none)"
+    parser.add_argument("--exact-steps", type=int, default=8, help=exact)
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
     for name in ("steps", "batch", "rank", "eval"):
@@ -85,15 +86,21 @@ class Demo:
         longest = max(self.batches, key=lambda batch: batch.input_ids.numel())
         return footprint.measure(model.train(), lambda: finetune.answer_loss(model, longest))
 
-    def train(self, adapted: dict[str, torch.nn.Module]) -> dict[str, finetune.Run]:
+    def adapt(self, base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """`base` with PEFT's layers and with ours, from the same initial adapter."""
+        reference = models.with_peft(base, self.args.rank, self.args.seed)
+        return {PEFT: reference, FUSED: models.with_fused(base, self.args.rank, reference)}
+
+    def train(self, adapted: dict[str, torch.nn.Module], steps: int, title: str) -> dict[str, finetune.Run]:
         runs = {name: finetune.start_run(model, self.args.lr) for name, model in adapted.items()}
-        with tqdm(total=len(self.batches), desc="train", unit="step") as bar:
+        batches = self.batches[:steps]
+        with tqdm(total=len(batches), desc=title, unit="step") as bar:
 
             def on_step(losses: dict[str, float]) -> None:
                 bar.set_postfix({name: f"{loss:.3f}" for name, loss in sorted(losses.items())})
                 bar.update()
 
-            finetune.train(runs, self.batches, on_step)
+            finetune.train(runs, batches, on_step)
         return runs
 
     def tokens(self) -> int:
@@ -118,63 +125,21 @@ class Demo:
         return difference
 
 
-def write_losses(runs: dict[str, finetune.Run], out: Path) -> None:
-    """losses.csv and losses.png: one column, one curve, for each run."""
-    from matplotlib.figure import Figure
-
-    with open(out / "losses.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *(f"{name} {what}" for name in runs for what in ("loss", "seconds"))])
-        columns = [column for run in runs.values() for column in (run.losses, run.seconds)]
-        writer.writerows([step, *row] for step, row in enumerate(zip(*columns, strict=True)))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for (name, run), style in zip(runs.items(), ("-", "--"), strict=False):
-        axes.plot(run.losses, style, label=name)
-    axes.set(xlabel="step", ylabel="loss on the answer tokens", title="SmolLM2-135M on movie-review snippets")
-    axes.legend()
-    figure.savefig(out / "losses.png", dpi=150)
-
-
-def memory_table(footprints: dict[str, footprint.Footprint], out: Path) -> list[list]:
-    """Rows of MB by kind; the exact bytes go to memory.csv."""
-    kinds = footprint.Footprint._fields
-    with open(out / "memory.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", *(f"{kind}_bytes" for kind in kinds)])
-        writer.writerows([name, *f] for name, f in footprints.items())
-    return [[name, *(f"{n / 1e6:,.1f}" for n in (*f, f.total))] for name, f in footprints.items()]
-
-
-def report(demo: Demo, before: float, after: dict, runs: dict, footprints: dict, reload_diff: float) -> dict:
-    """Print the tables, write the files, return the summary."""
-    out, tokens = demo.args.out, demo.tokens()
-    rate = {name: tokens / sum(run.seconds) for name, run in runs.items()}
-    print(f"\nHeld-out accuracy on {len(demo.held_out)} snippets, and training speed ({tokens:,} tokens)")
-    rows = [["before", f"{before:.1%}", "", "", ""]]
-    for name, run in runs.items():
-        ratio = f"{rate[name] / rate[PEFT]:.2f}x" if PEFT in rate else ""
-        rows.append([name, f"{after[name]:.1%}", f"{rate[name]:,.0f}", f"{sum(run.seconds):.1f}", ratio])
-    print(tabulate(rows, headers=["", "accuracy", "tokens/s", "seconds", "speed over PEFT"], stralign="right"))
-    print(f"\nPeak memory by kind in MB, one step on the longest batch, {demo.dtype} base")
-    headers = ["", "weights", "gradients", "optimizer", "saved activations", "sum"]
-    print(tabulate(memory_table(footprints, out), headers=headers, stralign="right", disable_numparse=True))
-    write_losses(runs, out)
-    summary = {
+def summarise(demo: Demo, accuracy: dict, runs: dict, footprints: dict, gaps: dict, reload_difference: float) -> dict:
+    """What summary.json holds."""
+    tokens = demo.tokens()
+    return {
         "arguments": {k: str(v) for k, v in vars(demo.args).items()} | {"dtype": demo.dtype},
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "accuracy": {"before": before, **after},
+        "kernels": {f"{op} {key}": owner for (op, key), owner in OWNERS.items()},
+        "accuracy": accuracy,
         "tokens": tokens,
-        "tokens_per_second": rate,
+        "tokens_per_second": {name: tokens / sum(run.seconds) for name, run in runs.items()},
         "memory_bytes": {name: f._asdict() for name, f in footprints.items()},
-        "reload_relative_difference": reload_diff,
+        "loss_difference": {name: {"largest": gap[0], "mean": gap[1]} for name, gap in gaps.items()},
+        "reload_relative_difference": reload_difference,
     }
-    if len(runs) == 2:
-        gaps = [abs(a - b) for a, b in zip(*(run.losses for run in runs.values()), strict=True)]
-        summary["loss_difference"] = {"max": max(gaps), "mean": sum(gaps) / len(gaps)}
-        print(f"\nLoss curves: largest difference {max(gaps):.4f}, mean {summary['loss_difference']['mean']:.4f}")
-    return summary
 
 
 def main() -> None:
@@ -185,20 +150,30 @@ def main() -> None:
     print(f"SmolLM2-135M-Instruct in {demo.dtype} on {args.device}, {torch.get_num_threads()} CPU threads")
     footprints = {"full fine-tuning": demo.footprint(demo.base)}
     demo.base.requires_grad_(False)
-    reference = models.with_peft(demo.base, args.rank, args.seed)
-    adapted = {PEFT: reference, FUSED: models.with_fused(demo.base, args.rank, reference)}
+    adapted = demo.adapt(demo.base)
     footprints |= {name: demo.footprint(model) for name, model in adapted.items()}
+    exact = {}
     if args.skip_peft:
         del adapted[PEFT]
-    before = demo.accuracy(adapted[FUSED], "before")
-    runs = demo.train(adapted)
-    after = {name: demo.accuracy(model, name) for name, model in adapted.items()}
-    pk.save_adapter(adapted[FUSED], args.out / "adapter")
-    summary = report(demo, before, after, runs, footprints, demo.check_reload(adapted[FUSED], args.out / "adapter"))
+    elif demo.dtype != "fp32" and args.exact_steps:
+        exact = demo.train(demo.adapt(copy.deepcopy(demo.base).float()), args.exact_steps, "train, fp32")
+    accuracy = {"before": demo.accuracy(adapted[FUSED], "before")}
+    runs = demo.train(adapted, args.steps, "train")
+    accuracy |= {name: demo.accuracy(model, name) for name, model in adapted.items()}
+    folder = args.out / "adapter"
+    pk.save_adapter(adapted[FUSED], folder)
+    reload_difference = demo.check_reload(adapted[FUSED], folder)
+
+    demo_report.print_speed(accuracy["before"], accuracy, runs, demo.tokens(), PEFT, len(demo.held_out))
+    demo_report.print_memory(footprints, demo.dtype, args.out)
+    demo_report.write_losses(runs, exact, args.out)
+    gaps = demo_report.curve_gaps(runs, exact, demo.dtype, PEFT, FUSED)
+    demo_report.print_gaps(gaps)
+    summary = summarise(demo, accuracy, runs, footprints, gaps, reload_difference)
     summary["seconds"] = time.perf_counter() - start
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"Adapter saved in {args.out / 'adapter'}; loaded in PEFT it gives the same logits", end=" ")
-    print(f"(relative difference {summary['reload_relative_difference']:.1e}). {summary['seconds']:.0f} s in all.")
+    print(f"\nAdapter saved in {folder}; loaded in PEFT it gives the same logits", end=" ")
+    print(f"(relative difference {reload_difference:.1e}). {summary['seconds']:.0f} s in all.")
 
 
 if __name__ == "__main__":
