@@ -1,5 +1,8 @@
 """Calls of `peft_kernels.lora_linear` for tests: leaves that require grad, one seed, the gradients by name."""
 
+from dataclasses import replace
+
+import bounds
 import torch
 from cases import Case, Inputs, inputs
 from torch import Tensor
@@ -51,3 +54,25 @@ def assert_same(one: dict, other: dict, what: str) -> None:
     for name, grad in one.items():
         same = other[name] is None if grad is None else torch.equal(grad, other[name])
         assert same, f"{name}: the gradient differs {what}"
+
+
+def check_gradients(case: Case, device: str, needed=LEAVES) -> None:
+    """Output and gradients against fp64 truth: those of `needed`, in their leaf's dtype, and no other."""
+    data = inputs(case, device)
+    y, grads = run(case, device, needed)
+    data = replace(data, seed=drawn_seed(device) if case.dropout else None)
+    args = data.x, data.weight, data.lora_a, data.lora_b
+    truth = bounds.backward(data.dy, *args, None, data.mask, data.scaling)
+    dweight = bounds.Approx.exact(data.dy).t.matmul(bounds.Approx.exact(data.x), case.dtype).rounded(case.dtype)
+    truth |= {"dweight": (dweight.value, dweight.error)}
+    bounds.assert_within(y, *bounds.forward(*args, data.bias, data.mask, data.scaling)["y"], "y")
+    for name, grad in grads.items():
+        if name not in needed:
+            assert grad is None, f"{name} does not require grad and got one"
+            continue
+        leaf = getattr(data, name)
+        assert grad.dtype == leaf.dtype
+        value, bound = truth[f"d{name}"]
+        # The op returns dbias in fp32: it is rounded once more for a bias of 16 bits.
+        last = bounds.Approx(value, bound).rounded(leaf.dtype) if name == "bias" else bounds.Approx(value, bound)
+        bounds.assert_within(grad, last.value, last.error, f"d{name}")

@@ -8,7 +8,7 @@ import bounds
 import pytest
 import torch
 from cases import Case, inputs
-from public_call import LEAVES, assert_same, call, drawn_seed, gradients, leaves, run
+from public_call import LEAVES, assert_same, call, check_gradients, drawn_seed, gradients, leaves, run
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -42,20 +42,7 @@ def test_gradcheck(device, p, needed, lacking):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needed", SUBSETS, ids="-".join)
 def test_every_subset_of_requires_grad(device, p, dtype, needed):
-    case = Case(37, 53, 71, 12, dtype, dropout=p, adapters=torch.float32, bias=torch.float32)
-    data = inputs(case, device)
-    _, grads = run(case, device, needed)
-    data = replace(data, seed=drawn_seed(device) if p else None)
-    args = data.dy, data.x, data.weight, data.lora_a, data.lora_b
-    truth = bounds.backward(*args, None, data.mask, data.scaling)
-    dweight = bounds.Approx.exact(data.dy).t.matmul(bounds.Approx.exact(data.x), dtype).rounded(dtype)
-    truth |= {"dweight": (dweight.value, dweight.error)}
-    for name, grad in grads.items():
-        if name in needed:
-            assert grad.dtype == getattr(data, name).dtype
-            bounds.assert_within(grad, *truth[f"d{name}"], f"d{name}")
-        else:
-            assert grad is None, f"{name} does not require grad and got one"
+    check_gradients(Case(37, 53, 71, 12, dtype, dropout=p, adapters=torch.float32, bias=torch.float32), device, needed)
 
 
 @pytest.mark.parametrize("p", BOTH)

@@ -10,6 +10,13 @@ import pytest
 import torch
 from cases import Case, Implementation
 from mutants import BWD, FWD, MUTANTS
+from public_call import check_gradients
+
+from peft_kernels.kernels.lora_linear import op
+
+# Autograd casts a gradient to its leaf's dtype; a saved tensor that is overwritten after use shows in a second
+# backward (test_retain_graph_gives_the_same_twice).
+UNSEEN_IN_PUBLIC = ("gradients_of_the_adapters_in_the_wrong_dtype", "saved_s_overwritten")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -49,3 +56,26 @@ def test_fault_is_caught(fault, dtype):
     red = first_red(MUTANTS[fault], dtype)
     assert red is not None, f"{fault} passes every check in {dtype}"
     print(f"{fault}: {red}")
+
+
+def first_red_in_public(dtype: torch.dtype) -> str | None:
+    """The first case in which the public function's output or a gradient is outside its bound."""
+    for case in _cases(dtype):
+        try:
+            with bounds.sums_in_one_chain() if case.positive else nullcontext():
+                check_gradients(case, "cpu")
+        except AssertionError as error:
+            return f"{case}: {error}"
+    return None
+
+
+def test_unmutated_is_green_in_public():
+    assert first_red_in_public(torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("fault", [name for name in MUTANTS if name not in UNSEEN_IN_PUBLIC])
+def test_fault_is_caught_in_public(fault, monkeypatch):
+    """The same faults under autograd: what it passes to the backward is what the forward made."""
+    monkeypatch.setattr(op, "lora_linear_fwd", MUTANTS[fault].fwd)
+    monkeypatch.setattr(op, "lora_linear_bwd", MUTANTS[fault].bwd)
+    assert first_red_in_public(torch.bfloat16) is not None, f"{fault} passes in public"
