@@ -4,6 +4,7 @@ python -m benchmarks.lora_linear_cpu [--quick] [--threads N] [--csv DIR]
 """
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,13 +119,17 @@ def saved(M: int, K: int, R: int) -> str:
     return rows.markdown(("layer", "dropout", "bytes kept", "over the bytes of x"), lines)
 
 
-def _measure(chosen: Sequence[LoRACase], env: dict, effort: Effort, bar: tqdm) -> list[tuple[LoRACase, list[Row]]]:
+def _measure(
+    chosen: Sequence[LoRACase], env: dict, effort: Effort, bar: tqdm, path: Path | None
+) -> list[tuple[LoRACase, list[Row]]]:
     found = []
     for case in chosen:
         bar.set_postfix_str(f"{str(case.dtype)[6:]} {case.label}")
         # What is by hand is PEFT without its bookkeeping: of use beside a GPU, not worth the minutes here.
         field = [c for c in lora_linear.contenders(case, "cpu") if c.name != "PyTorch composition"]
         found.append((case, cases.run_case("lora_linear", case, "cpu", env, effort, field)))
+        if path:  # case by case, so that a run that is cut short keeps what it measured
+            rows.write(path, found[-1][1])
         bar.update()
     return found
 
@@ -142,11 +147,15 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     begin, env = time.perf_counter(), environment.environment("cpu")
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        print(f"other work is running (load average {busy:.1f}): figures will be noisy, absolute times too long")
+    path = options.csv / environment.device_slug("cpu") / "lora_linear.csv" if options.csv else None
     wide = cases.PRIMITIVES["lora_linear"].suites["cpu"]
     many = cases.quick(cases.LORA_CPU_SWEEP) if options.quick else cases.LORA_CPU_SWEEP
     with tqdm(total=len(wide) + len(many), unit="case", dynamic_ncols=True) as bar:
-        first = _measure(wide, env, Effort(5, 0.0, 5) if options.quick else Effort(21, 6.0, 60), bar)
-        second = _measure(many, env, Effort(5, 0.0, 5) if options.quick else Effort(11, 1.5, 200), bar)
+        first = _measure(wide, env, Effort(5, 0.0, 5) if options.quick else Effort(21, 6.0, 60), bar, path)
+        second = _measure(many, env, Effort(5, 0.0, 5) if options.quick else Effort(11, 1.5, 200), bar, path)
     print(f"\nMeasured on {environment.describe('cpu')}")
     print("\nForward and backward of x [2048, 2048] through a [2048, 2048] linear, over the same linear frozen")
     print(f"(its forward and dx); median of paired rounds (95 % confidence interval):\n\n{headline(first)}")
@@ -156,9 +165,7 @@ def main() -> None:
     lost = slower([*first, *second])
     print(f"\nSlower than PEFT in {len(lost)} cases" + "".join(f"\n  {line}" for line in lost))
     print(f"\n{time.perf_counter() - begin:.0f} s")
-    if options.csv:
-        path = options.csv / environment.device_slug("cpu") / "lora_linear.csv"
-        rows.write(path, [row for _, measured in (*first, *second) for row in measured])
+    if path:
         print(f"wrote {path}")
 
 
