@@ -161,8 +161,7 @@ def forward(x, weight, lora_a, lora_b, bias, mask, scaling: float) -> Bounded:
     delta = _expand(s, _cast(lora_b, dtype).t, scaling, dtype)
     base = None if weight is None else Approx.exact(x).matmul(_cast(weight, dtype).t, dtype)
     if bias is not None:
-        # Delta first writes bias + delta before the base is added: that rounding is one of delta, counted below, and one
-        # of the bias.
+        # Delta first writes bias + delta before the base is added: a rounding of delta, counted below, and of the bias.
         row = _cast(bias, dtype).rounded(dtype)
         row = Approx(row.value.expand_as(delta.value), row.error.expand_as(delta.value))
         # Adding it to a sum in the accumulator is one rounding there.
