@@ -16,7 +16,7 @@ class Part:
     bandwidth: float  # bytes/s of device memory
     flops_16bit: float  # FLOP/s, bf16 and fp16 with fp32 accumulation
     flops_fp32: float  # FLOP/s outside the matrix units, what input_precision="ieee" runs at
-    descriptors: bool  # the chip has TMA
+    descriptors: bool  # TMA pays: 120 has it too, but Triton 3.6 and its ptxas call it through local memory there
     gemm_ratio: float  # assumed time of cuBLAS / time of our GEMM on one full wave of tiles
     source: str
 
@@ -34,7 +34,7 @@ PARTS: dict[int | str, Part] = {
             "790 TFLOP/s and 3.0 TB/s measured; gemm_ratio from lorafusion #8 (+2.5 and +5.4 %)",
         ),
         Part(100, "B200", 148, 232448, 6.4e12, 1.8e15, 6.4e13, True, 0.85, _PEAK),
-        Part(120, "RTX 5090", 170, 101376, 1.43e12, 1.68e14, 8.4e13, True, 0.92, _PEAK),
+        Part(120, "RTX 5090", 170, 101376, 1.43e12, 1.68e14, 8.4e13, False, 0.92, _PEAK),
         Part("gfx942", "MI300X", 304, 65536, 4.2e12, 1.04e15, 1.3e14, False, 0.85, _PEAK),
     )
 }  # fmt: skip

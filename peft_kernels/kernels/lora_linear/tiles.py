@@ -32,17 +32,22 @@ def pass_rank_block(R: int) -> int:
     return min(MAX_PASS_RANK, max(16, 1 << (R - 1).bit_length()))
 
 
-def gemm_rank_block(R: int) -> int:
-    """Rank columns per step of the K-extension: its tiles share the block's memory with the pipeline."""
-    return min(64, pass_rank_block(R))
+def gemm_rank_block(R: int, itemsize: int) -> int:
+    """Rank columns per step of the K-extension: its tiles share memory, in exact fp32 registers, with the pipeline."""
+    return min(64 if itemsize == 2 else 32, pass_rank_block(R))
+
+
+def delta_tile(itemsize: int) -> Tile:
+    """The GEMM without a base product only writes: small tiles, several blocks per SM, no pipeline."""
+    return Tile(64, 128, 32, 4, 1) if itemsize == 2 else Tile(64, 64, 16, 4, 1)
 
 
 def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> int:
     """Shared memory the compiled kernel may take: an upper estimate, which test_aot.py holds against the compiler."""
     stages = max(1, tile.num_stages - 1) if isinstance(part.arch, str) else tile.num_stages
-    barriers = 1024
+    barriers = 6144 if part.arch == 100 and kernel != "gemm" else 1024  # and what staging tensor memory takes
     if kernel == "gemm":
-        rank = gemm_rank_block(R)
+        rank = gemm_rank_block(R, itemsize)
         loop = stages * (tile.block_m + tile.block_n) * tile.block_k * itemsize
         low_rank = (tile.block_m + tile.block_n) * rank * itemsize
         store = tile.block_m * tile.block_n * itemsize // tile.subtiles
@@ -55,7 +60,8 @@ def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> 
     rank = pass_rank_block(R)
     big = tile.block_m * tile.block_n * itemsize
     if kernel == "down":
-        return stages * (big + tile.block_n * rank * itemsize) + barriers
+        # Adapters of a wider dtype than x are cast after the copy, which then runs one stage less ahead.
+        return stages * big + tile.block_n * rank * max(stages * itemsize, max(1, stages - 1) * 4) + barriers
     pipeline = stages * (big + tile.block_m * rank * itemsize)
     store = tile.block_n * rank * 4  # the accumulator changes its layout on the way out, when the pipeline is empty
     if isinstance(part.arch, str):  # AMD's stores leave in the layout of the matrix unit
@@ -125,7 +131,7 @@ _PASS_TILES = {
         "bwd_da": ((128, Tile(32, 128, 0, 8, 3)),),
     },
     "mfma": {
-        "down": ((128, Tile(64, 128, 0, 8, 2)),),
+        "down": ((64, Tile(64, 128, 0, 8, 2)), (128, Tile(64, 64, 0, 8, 2))),
         "bwd_dy": ((16, Tile(64, 256, 0, 8, 2)), (32, Tile(32, 128, 0, 4, 2)), (64, Tile(64, 128, 0, 8, 2)),
                    (128, Tile(32, 64, 0, 4, 2))),
         "bwd_da": ((128, Tile(64, 128, 0, 8, 2)),),

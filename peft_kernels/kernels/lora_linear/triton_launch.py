@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .._shared.sums import sum_parts
 from .configs import Config
 from .reference import PHILOX_ROUNDS
-from .tiles import Tile, gemm_rank_block, pass_rank_block
+from .tiles import Tile, delta_tile, gemm_rank_block, pass_rank_block
 from .triton_gemm import _lora_gemm_kernel
 from .triton_passes import _lora_bwd_da_kernel, _lora_bwd_dy_kernel, _lora_down_kernel
 
@@ -84,9 +84,9 @@ def gemm(
     """p @ q + alpha * drop(low @ t) + bias: p [M, K], q [K, N] (None: no base product), low [M, R], t [R, N]."""
     M, R = low.shape
     N = t.shape[1]
-    tile = config.gemm
     c = low.new_empty(M, N)
     has_base = p is not None
+    tile = config.gemm if has_base else delta_tile(low.element_size())
     if not has_base:
         p, q = low, t
     q_transposed = q.stride(0) == 1 and q.stride(1) != 1
@@ -101,9 +101,9 @@ def gemm(
             TensorDescriptor.from_tensor(c, [tile.block_m, tile.block_n // tile.subtiles]),
         )
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    block_r = gemm_rank_block(R)
+    block_r = gemm_rank_block(R, low.element_size())
     has_mask = mask is not None and mask.numel() > 0
-    _lora_gemm_kernel[(min(tiles, _sm_count(low.device)),)](
+    _lora_gemm_kernel[(min(tiles, _sm_count(low.device)) if has_base else tiles,)](
         args[0], args[1], low, t, mask if has_mask else low, low if bias is None else bias, args[2],
         float(alpha), M, N, p.shape[1], R, *p.stride(), *q.stride(), *t.stride(), c.stride(0),
         HAS_BASE=has_base, HAS_BIAS=bias is not None, HAS_MASK=has_mask, Q_TRANSPOSED=q_transposed,
