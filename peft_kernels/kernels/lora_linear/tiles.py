@@ -61,7 +61,8 @@ def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> 
     big = tile.block_m * tile.block_n * itemsize
     if kernel == "down":
         # Adapters of a wider dtype than x are cast after the copy, which then runs one stage less ahead.
-        return stages * big + tile.block_n * rank * max(stages * itemsize, max(1, stages - 1) * 4) + barriers
+        cast = max(1, stages - 1) * 4 + (itemsize if part.arch in (90, 100) else 0)  # their operand is in shared memory
+        return stages * big + tile.block_n * rank * max(stages * itemsize, cast) + barriers
     pipeline = stages * (big + tile.block_m * rank * itemsize)
     store = tile.block_n * rank * 4  # the accumulator changes its layout on the way out, when the pipeline is empty
     if isinstance(part.arch, str):  # AMD's stores leave in the layout of the matrix unit
@@ -139,7 +140,7 @@ _PASS_TILES = {
     "fp32": {
         "down": ((64, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 4, 2))),
         "bwd_dy": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 4, 2))),
-        "bwd_da": ((64, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 4, 2))),
+        "bwd_da": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(32, 32, 0, 8, 2))),
     },
 }  # fmt: skip
 
