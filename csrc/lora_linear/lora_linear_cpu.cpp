@@ -193,15 +193,30 @@ struct RankBlock {
   }
 };
 
-// out[rows, J] = factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
+// One row of n = `width` or fewer results: out = (base ? out : 0) + (row * scale + bias). Summed before it is rounded.
+template <class K>
+static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, bool base,
+                              typename K::Store* out, int64_t n) {
+  typename K::Acc before[K::panel];
+  if (bias)
+    for (int64_t j = 0; j < n; ++j) row[j] = row[j] * scale + bias[j];
+  else
+    for (int64_t j = 0; j < n; ++j) row[j] *= scale;
+  if (base) {
+    convert(before, out, n);
+    for (int64_t j = 0; j < n; ++j) row[j] += before[j];
+  }
+  convert(out, row, n);
+}
+
+// out[rows, J] (+)= factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
 template <class K>
 static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, double factor,
-                   const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, typename K::Store* out,
+                   const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, bool base, typename K::Store* out,
                    typename K::Acc* scratch) {
-  using Acc = typename K::Acc;
   constexpr int64_t width = K::panel, height = 6, run = K::chain / K::pair;
   const int64_t steps = block.row_steps(), group = steps <= run ? height : rows;
-  const Acc scale = static_cast<Acc>(factor);
+  const auto scale = static_cast<typename K::Acc>(factor);
   for (int64_t p = 0, j0 = 0; j0 < J; ++p, j0 += width) {
     const int64_t live = min64(width, J - j0);
     for (int64_t m = 0; m < rows; m += group) {
@@ -211,18 +226,13 @@ static void expand(const RankBlock<K>& block, int64_t rows, const typename K::St
                                                                 block.ld, 1, q + (p * steps + k) * width, width, scratch,
                                                                 width, k == 0);
       for (int64_t i = 0; i < n; ++i) {
-        Acc* row = scratch + i * width;
+        typename K::Acc* row = scratch + i * width;
+        typename K::Store* to = out + (m + i) * J + j0;
         if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
-        if (bias && live == width)
-          for (int64_t j = 0; j < width; ++j) row[j] = row[j] * scale + bias[j0 + j];
-        else if (bias)
-          for (int64_t j = 0; j < live; ++j) row[j] = row[j] * scale + bias[j0 + j];
+        if (live == width)  // a constant for the compiler
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, width);
         else
-          for (int64_t j = 0; j < width; ++j) row[j] *= scale;
-        if (live == width)
-          convert(out + (m + i) * J + j0, row, width);
-        else
-          convert(out + (m + i) * J + j0, row, live);
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, live);
       }
     }
   }
@@ -331,7 +341,7 @@ static void forward(const LoraForward& f) {
       }
       own.block.round_from(own.sum.finish(rows), own.sum.ld(), rows, static_cast<Store*>(f.s) + m * f.R);
       expand<K>(own.block, rows, shared.bt, f.N, f.scaling, static_cast<const typename K::Acc*>(f.bias), nullptr, 0,
-                static_cast<Store*>(f.y) + m * f.N, own.scratch);
+                f.base, static_cast<Store*>(f.y) + m * f.N, own.scratch);
     }
   }
 }
@@ -427,7 +437,8 @@ static void backward_rows(const LoraBackward& f, const RowRange& range, const ty
     if (!need_g) continue;
     own.g.round_from(own.g_sum.finish(rows), own.g_sum.ld(), rows, nullptr);
     if (f.dx)
-      expand<K>(own.g, rows, a, f.K, f.scaling, nullptr, mask, mask_ld, static_cast<Store*>(f.dx) + m * f.K, own.scratch);
+      expand<K>(own.g, rows, a, f.K, f.scaling, nullptr, mask, mask_ld, f.base, static_cast<Store*>(f.dx) + m * f.K,
+                own.scratch);
     for (int64_t k = 0; k < f.K && f.da; k += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, f.K - k);
       load_chunk<K>(own.chunk, static_cast<const Store*>(f.x.data) + m * f.x.row + k, f.x.row, rows, cols, mask, mask_ld, k);
