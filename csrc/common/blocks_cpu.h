@@ -7,6 +7,15 @@
 namespace peft_kernels {
 namespace PK_ISA {
 
+template <int bytes>
+struct BitsOf {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<8> {
+  using type = uint64_t;
+};
+
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -167,32 +176,50 @@ static inline void interleave_rows(uint32_t* pairs, int64_t pairs_ld, const uint
   }
 }
 
-// One panel of a packed operand Q [steps * pair, width] from rows [k0, k1) (k0 a multiple of pair):
-// element (k, j) is src[k * ld + j], or src[j * ld + k] when `transposed`; outside [K, J] it is zero.
+// One panel of a packed operand Q [steps * pair, width] from its rows [k0, k1) (k0 a multiple of pair):
+// element (k, j) is src[k * ld + j]; outside [Kd, J] it is zero.
 template <class K>
-static void pack_panel(typename K::Step* panel, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src,
-                       int64_t ld, int64_t Kd, int64_t j0, int64_t J, bool transposed) {
+static void pack_rows(typename K::Step* panel, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src, int64_t ld,
+                      int64_t Kd, int64_t j0, int64_t J) {
   using Elem = typename K::Elem;
-  constexpr int64_t run = 64;
-  Elem* out = reinterpret_cast<Elem*>(panel);
   const int64_t live = min64(width, J - j0);
-  Elem row[run > 256 ? run : 256];
-  if (!transposed) {
-    for (int64_t k = k0; k < k1; ++k) {
-      if (k < Kd) convert(row, src + k * ld + j0, live);
-      Elem* dst = out + (k / K::pair) * width * K::pair + k % K::pair;
-      for (int64_t j = 0; j < width; ++j) dst[j * K::pair] = k < Kd && j < live ? row[j] : Elem{};
+  Elem rows[K::pair * K::panel];
+  for (int64_t k = k0; k < k1; k += K::pair) {
+    typename K::Step* dst = panel + k / K::pair * width;
+    Elem* into = K::pair == 1 ? reinterpret_cast<Elem*>(dst) : rows;
+    for (int64_t i = 0; i < K::pair; ++i) {
+      const int64_t valid = k + i < Kd ? live : 0;
+      if (valid == K::panel)
+        convert(into + i * width, src + (k + i) * ld + j0, K::panel);
+      else if (valid)
+        convert(into + i * width, src + (k + i) * ld + j0, valid);
+      for (int64_t j = valid; j < width; ++j) into[i * width + j] = Elem{};
     }
-    return;
+    if constexpr (K::pair == 2)
+      interleave_rows(dst, width, reinterpret_cast<const uint16_t*>(rows), width, 2, width);
   }
-  for (int64_t k = k0; k < k1; k += run) {
-    const int64_t n = min64(run, k1 - k), valid = min64(n, Kd - k);
-    for (int64_t j = 0; j < width; ++j) {
-      if (j < live) convert(row, src + (j0 + j) * ld + k, valid);
-      for (int64_t i = 0; i < n; ++i)
-        out[(((k + i) / K::pair) * width + j) * K::pair + (k + i) % K::pair] = j < live && i < valid ? row[i] : Elem{};
+}
+
+// The same for element (k, j) = src[j * ld + k].
+template <class K>
+static void pack_columns(typename K::Step* panel, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src,
+                         int64_t ld, int64_t Kd, int64_t j0, int64_t J) {
+  using Elem = typename K::Elem;
+  using Bits = typename BitsOf<sizeof(typename K::Step)>::type;
+  constexpr int64_t run = 64 * K::pair;
+  alignas(64) Bits lines[K::W * 64];
+  for (int64_t j = 0; j < width; j += K::W)
+    for (int64_t k = k0; k < k1; k += run) {
+      const int64_t n = min64(run, k1 - k), steps = ceil_div(n, K::pair), valid = min64(n, Kd - k);
+      for (int64_t lane = 0; lane < K::W; ++lane) {
+        Elem* line = reinterpret_cast<Elem*>(lines + lane * 64);
+        const int64_t live = j0 + j + lane < J ? valid : 0;
+        if (live) convert(line, src + (j0 + j + lane) * ld + k, live);
+        for (int64_t i = live; i < run; ++i) line[i] = Elem{};
+      }
+      Bits* dst = reinterpret_cast<Bits*>(panel + k / K::pair * width + j);
+      for (int64_t i = 0; i < steps; i += K::W) transpose_block(lines + i, 64, dst + i * width, width, steps - i);
     }
-  }
 }
 
 }  // namespace PK_ISA

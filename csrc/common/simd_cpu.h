@@ -146,6 +146,51 @@ static inline void convert(f16* dst, const float* src, int64_t n) {
   for (; i < n; ++i) dst[i] = to_f16(src[i]);
 }
 
+#if !defined(__clang__)
+// Swaps the off-diagonal blocks of size H in every 2 H x 2 H block of W rows, then those half as large.
+template <class U, int H>
+static inline void swap_blocks(typename Vec<U>::type* row) {
+  constexpr int W = Vec<U>::lanes;
+  typename Vec<U>::type upper, lower;
+  PK_UNROLL
+  for (int j = 0; j < W; ++j) {
+    upper[j] = j & H ? W + j - H : j;
+    lower[j] = j & H ? W + j : j + H;
+  }
+  PK_UNROLL
+  for (int i = 0; i < W; ++i)
+    if (!(i & H)) {
+      const typename Vec<U>::type a = row[i], b = row[i + H];
+      row[i] = __builtin_shuffle(a, b, upper);
+      row[i + H] = __builtin_shuffle(a, b, lower);
+    }
+  if constexpr (H > 1) swap_blocks<U, H / 2>(row);
+}
+#endif
+
+// dst[j][i] = src[i][j] for W x W elements, W the lanes of a vector; only the first `rows` rows of dst are written.
+template <class U>
+static inline void transpose_block(const U* src, int64_t src_ld, U* dst, int64_t dst_ld, int64_t rows) {
+  constexpr int W = Vec<U>::lanes;
+#if defined(__clang__)  // has no shuffle by a vector of indices
+  for (int j = 0; j < W && j < rows; ++j)
+    for (int i = 0; i < W; ++i) dst[j * dst_ld + i] = src[i * src_ld + j];
+#else
+  typename Vec<U>::type row[W];
+  PK_UNROLL
+  for (int i = 0; i < W; ++i) row[i] = load(src + i * src_ld);
+  swap_blocks<U, W / 2>(row);
+  if (rows >= W) {
+    PK_UNROLL
+    for (int i = 0; i < W; ++i) store(dst + i * dst_ld, row[i]);
+  } else {
+    PK_UNROLL
+    for (int i = 0; i < W; ++i)
+      if (i < rows) store(dst + i * dst_ld, row[i]);
+  }
+#endif
+}
+
 // Arithmetic of the micro-kernel: `Step` elements of P are broadcast, `Step` elements of Q are vector lanes, and one step
 // covers `pair` terms of the reduction.
 template <class T>

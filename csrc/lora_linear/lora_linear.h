@@ -5,16 +5,9 @@
 #include <cstdint>
 
 #include "../common/cpu_isa.h"
+#include "../common/rows.h"
 
 namespace peft_kernels {
-
-enum class Dtype : int { f32, f64, bf16, f16 };
-
-// Row-major with unit column stride; `row` is the distance between rows in elements (0 repeats one row).
-struct Rows {
-  const void* data = nullptr;
-  int64_t row = 0;
-};
 
 struct LoraForward {
   Dtype dtype;                   // of x, a, b, y and s

@@ -1,0 +1,362 @@
+// Products with one short side (a rank), blocked for the cache: the parts that low-rank kernels are made of.
+// Compiled once per instruction set.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "blocks_cpu.h"
+#include "rows.h"
+
+namespace peft_kernels {
+namespace PK_ISA {
+
+#if defined(_OPENMP)
+static inline int thread_id() { return omp_get_thread_num(); }
+static inline int team_size() { return omp_get_num_threads(); }
+#else
+static inline int thread_id() { return 0; }
+static inline int team_size() { return 1; }
+#endif
+
+constexpr int64_t kPackRun = 256;      // reduction rows packed per task
+constexpr int64_t kLongChain = 2048;   // terms after which a partial sum of s or g joins the total
+constexpr int64_t kLongBlocks = 16;    // the same for dA and dB, in blocks of rows
+
+// The rank dimension as vector lanes: panels of 1 .. panel_vectors vectors.
+template <class K>
+struct RankLanes {
+  int64_t vectors, panels, width, padded;
+  explicit RankLanes(int64_t R) {
+    const int64_t all = ceil_div(R, K::W);
+    panels = ceil_div(all, K::panel_vectors);
+    vectors = ceil_div(all, panels);
+    width = vectors * K::W;
+    padded = panels * width;
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// What thread `id` of `threads` works on. Many rows: its own rows, all columns; adapter gradients are added over threads.
+// Few rows: all rows, its own columns; sums over columns are added over threads.
+struct Split {
+  int threads, id;
+  int64_t M;
+  bool columns;
+  Split(int64_t M_, int threads_, int id_) : threads(threads_), id(id_), M(M_), columns(threads > 1 && M <= kBlockRows) {}
+
+  Range rows() const { return columns ? Range{0, M} : share(M, 8); }
+  // A multiple of every panel and of a byte of the dropout mask.
+  Range cols(int64_t total) const { return columns ? share(total, 64) : Range{0, total}; }
+  // How many threads have rows of their own.
+  int owners() const { return columns ? M > 0 : static_cast<int>(ceil_div(M, per_thread(M, 8))); }
+
+ private:
+  int64_t per_thread(int64_t total, int64_t unit) const { return round_up(ceil_div(total, threads), unit) + (total == 0); }
+  Range share(int64_t total, int64_t unit) const {
+    const int64_t size = per_thread(total, unit), begin = min64(total, id * size);
+    return {begin, min64(total, begin + size)};
+  }
+};
+
+// Packs all panels of Q [rows, cols], shared among the threads.
+template <class K>
+static void pack(typename K::Step* dst, int64_t panels, int64_t width, int64_t rows, int64_t cols, const Rows& src,
+                 bool transposed, int threads, int id) {
+  const auto* data = static_cast<const typename K::Store*>(src.data);
+  const int64_t even = round_up(rows, K::pair), runs = ceil_div(even, kPackRun);
+  for (int64_t task = id; task < panels * runs; task += threads) {
+    const int64_t panel = task / runs, k0 = task % runs * kPackRun;
+    const int64_t k1 = min64(even, k0 + kPackRun);
+    typename K::Step* into = dst + panel * (even / K::pair) * width;
+    if (transposed)
+      pack_columns<K>(into, width, k0, k1, data, src.row, rows, panel * width, cols);
+    else
+      pack_rows<K>(into, width, k0, k1, data, src.row, rows, panel * width, cols);
+  }
+}
+
+// sum[m, r] over chunks of columns, with partial sums joined every kLongChain terms.
+template <class K>
+class RankSum {
+  using Acc = typename K::Acc;
+  RankLanes<K> lanes_;
+  Acc *part_, *total_, *joint_;
+  int64_t terms_ = 0;
+  bool has_total_ = false;
+
+ public:
+  RankSum(Arena& arena, int64_t R)
+      : lanes_(R),
+        part_(arena.take<Acc>(kBlockRows * lanes_.padded)),
+        total_(arena.take<Acc>(kBlockRows * lanes_.padded)),
+        joint_(arena.take<Acc>(kBlockRows * lanes_.padded)) {}
+
+  void reset() {
+    terms_ = 0;
+    has_total_ = false;
+  }
+
+  // Adds chunk [rows, steps] times rows [step0, step0 + steps) of the packed q [panels][all_steps][width].
+  void add(const typename K::Step* chunk, int64_t rows, int64_t steps, const typename K::Step* q, int64_t step0,
+           int64_t all_steps) {
+    constexpr int64_t run = K::chain / K::pair;
+    for (int64_t k = 0; k < steps; k += run) {
+      const int64_t n = min64(run, steps - k);
+      for (int64_t p = 0; p < lanes_.panels; ++p)
+        product(rows, n, chunk + k, q + (p * all_steps + step0 + k) * lanes_.width, part_ + p * lanes_.width);
+      terms_ += K::chain;
+      if (terms_ == kLongChain) join(rows);
+    }
+  }
+
+  // The sums [rows][ld()].
+  const Acc* finish(int64_t rows) {
+    if (has_total_ || terms_ == 0) join(rows);
+    return has_total_ ? total_ : part_;
+  }
+  int64_t ld() const { return lanes_.padded; }
+
+  // The sums over all columns when each thread has summed its own: to be called by every thread of the team.
+  const Acc* finish(int64_t rows, const Split& split, const void** parts) {
+    const Acc* own = finish(rows);
+    if (!split.columns) return own;
+    parts[split.id] = own;
+#pragma omp barrier
+    memcpy(joint_, parts[0], rows * lanes_.padded * sizeof(Acc));
+    for (int t = 1; t < split.threads; ++t)
+      for (int64_t i = 0; i < rows * lanes_.padded; ++i) joint_[i] += static_cast<const Acc*>(parts[t])[i];
+    return joint_;
+  }
+
+ private:
+  void product(int64_t rows, int64_t steps, const typename K::Step* p, const typename K::Step* q, Acc* c) {
+    using Math = typename K::Math;
+    constexpr bool wide = PK_VECTOR_BYTES == 64;
+    const bool first = terms_ == 0;
+    const int64_t w = lanes_.width, ld = lanes_.padded;
+    switch (lanes_.vectors) {
+      case 1: tiles<Math, wide ? 24 : 12, 1, K::chunk_ld, 1>(rows, steps, p, 0, 1, q, w, c, ld, first); break;
+      case 2: tiles<Math, wide ? 12 : 6, 2, K::chunk_ld, 1>(rows, steps, p, 0, 1, q, w, c, ld, first); break;
+      default:
+        if constexpr (wide) {
+          if (lanes_.vectors == 3)
+            tiles<Math, 8, 3, K::chunk_ld, 1>(rows, steps, p, 0, 1, q, w, c, ld, first);
+          else
+            tiles<Math, 6, 4, K::chunk_ld, 1>(rows, steps, p, 0, 1, q, w, c, ld, first);
+        }
+    }
+  }
+
+  void join(int64_t rows) {
+    for (int64_t i = 0; i < rows * lanes_.padded; ++i) {
+      const Acc part = terms_ ? part_[i] : Acc(0);
+      total_[i] = has_total_ ? total_[i] + part : part;
+    }
+    has_total_ = true;
+    terms_ = 0;
+  }
+};
+
+// A block of s or g, rounded to the storage type, in the two layouts that the micro-kernel broadcasts from.
+template <class K>
+struct RankBlock {
+  using Elem = typename K::Elem;
+  int64_t R, ld;               // of by_row, in steps
+  int64_t columns_ld;          // of by_column, in steps
+  typename K::Step* by_row;    // [rows][ld]: terms are neighbours along r
+  typename K::Step* by_column; // [rows / pair][columns_ld]: terms are neighbours along rows
+  typename K::Store* rounded;  // one row
+
+  RankBlock(Arena& arena, int64_t R_) : R(R_) {
+    ld = columns_ld = round_up(R + 1, 8);
+    by_row = arena.take<typename K::Step>(kBlockRows * ld);
+    by_column = K::pair == 1 ? by_row : arena.take<typename K::Step>(kBlockRows * columns_ld);
+    rounded = arena.take<typename K::Store>(R + 1);
+  }
+
+  int64_t row_steps() const { return ceil_div(R, K::pair); }
+
+  void set_row(int64_t m, const typename K::Store* src) {
+    Elem* row = reinterpret_cast<Elem*>(by_row) + m * ld * K::pair;
+    convert(row, src, R);
+    if constexpr (K::pair == 2) {
+      row[R] = Elem{};
+      Elem* column = reinterpret_cast<Elem*>(by_column) + (m / 2 * columns_ld) * 2 + m % 2;
+      for (int64_t r = 0; r < R; ++r) column[r * 2] = row[r];
+    }
+  }
+
+  // Column R of by_column: ones, whose product with dy is dbias.
+  void set_ones(int64_t rows) {
+    Elem one;
+    const typename K::Acc value = 1;
+    convert(&one, &value, 1);
+    for (int64_t m = 0; m < rows; ++m)
+      reinterpret_cast<Elem*>(by_column)[(m / K::pair * columns_ld + R) * K::pair + m % K::pair] = one;
+  }
+
+  // An odd number of rows leaves half a pair, which must not hold an old value (its partner is zero, but 0 * inf is not).
+  void close(int64_t rows) {
+    if constexpr (K::pair == 2) {
+      if (rows % 2)
+        for (int64_t r = 0; r <= R; ++r) reinterpret_cast<Elem*>(by_column)[(rows / 2 * columns_ld + r) * 2 + 1] = Elem{};
+    }
+  }
+
+  // Rounds sums [rows][sum_ld], also into `out` [rows][R] if given.
+  void round_from(const typename K::Acc* sums, int64_t sum_ld, int64_t rows, typename K::Store* out) {
+    for (int64_t m = 0; m < rows; ++m) {
+      typename K::Store* row = out ? out + m * R : rounded;
+      convert(row, sums + m * sum_ld, R);
+      set_row(m, row);
+    }
+    close(rows);
+  }
+};
+
+// One row of n = `width` or fewer results: out = (base ? out : 0) + (row * scale + bias). Summed before it is rounded.
+template <class K>
+static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, bool base,
+                              typename K::Store* out, int64_t n) {
+  typename K::Acc before[K::panel];
+  if (bias)
+    for (int64_t j = 0; j < n; ++j) row[j] = row[j] * scale + bias[j];
+  else
+    for (int64_t j = 0; j < n; ++j) row[j] *= scale;
+  if (base) {
+    convert(before, out, n);
+    for (int64_t j = 0; j < n; ++j) row[j] += before[j];
+  }
+  convert(out, row, n);
+}
+
+// Columns `range` of out[rows, J] (+)= factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
+template <class K>
+static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, Range range, double factor,
+                   const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, bool base, typename K::Store* out,
+                   typename K::Acc* scratch) {
+  constexpr int64_t width = K::panel, height = 6, run = K::chain / K::pair;
+  const int64_t steps = block.row_steps(), group = steps <= run ? height : rows;
+  const auto scale = static_cast<typename K::Acc>(factor);
+  for (int64_t j0 = range.begin; j0 < range.end; j0 += width) {
+    const int64_t live = min64(width, range.end - j0), p = j0 / width;
+    for (int64_t m = 0; m < rows; m += group) {
+      const int64_t n = min64(group, rows - m);
+      for (int64_t k = 0; k < steps; k += run)
+        tiles<typename K::Math, height, K::panel_vectors, 0, 1>(n, min64(run, steps - k), block.by_row + m * block.ld + k,
+                                                                block.ld, 1, q + (p * steps + k) * width, width, scratch,
+                                                                width, k == 0);
+      for (int64_t i = 0; i < n; ++i) {
+        typename K::Acc* row = scratch + i * width;
+        typename K::Store* to = out + (m + i) * J + j0;
+        if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
+        if (live == width)  // a constant for the compiler
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, width);
+        else
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, live);
+      }
+    }
+  }
+}
+
+// An adapter gradient [panels][height][panel], summed over blocks of rows by one thread for columns `cols`.
+template <class K>
+class OuterSum {
+  using Acc = typename K::Acc;
+  int64_t height_, first_, last_, blocks_ = 0;
+  Acc *part_, *total_;
+  bool fresh_ = true, has_total_ = false;
+
+ public:
+  OuterSum(Arena& arena, int64_t height, int64_t columns, Range cols, int64_t rows)
+      : height_(height),
+        first_(cols.begin / K::panel * height * K::panel),
+        last_(ceil_div(cols.end, K::panel) * height * K::panel),
+        part_(arena.take<Acc>(round_up(columns, K::panel) * height)),
+        total_(ceil_div(rows, kBlockRows) > kLongBlocks ? arena.take<Acc>(round_up(columns, K::panel) * height) : nullptr) {}
+
+  // Adds block[:, :height].T @ chunk [rows, cols], whose first column is `col`.
+  void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t chunk_ld,
+           int64_t col, int64_t cols) {
+    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows / K::pair;
+    for (int64_t j = 0; j < cols; j += K::panel)
+      for (int64_t k = 0; k < steps; k += run)
+        tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(
+            height_, min64(run, steps - k), block + k * block_ld, 1, block_ld, chunk + k * chunk_ld + j, chunk_ld,
+            part_ + (col + j) / K::panel * height_ * K::panel, K::panel, fresh_ && k == 0);
+  }
+
+  void end_block() {
+    fresh_ = false;
+    if (++blocks_ % kLongBlocks == 0 && total_) join();
+  }
+
+  // Undefined, and not to be read, for a thread that had no rows.
+  const Acc* finish() {
+    if (has_total_ && !fresh_) join();
+    return has_total_ ? total_ : part_;
+  }
+
+ private:
+  void join() {
+    if (has_total_)
+      for (int64_t i = first_; i < last_; ++i) total_[i] += part_[i];
+    else
+      memcpy(total_ + first_, part_ + first_, (last_ - first_) * sizeof(Acc));
+    has_total_ = fresh_ = true;
+  }
+};
+
+// Memory of one call: measured by laying out with a null base, then allocated.
+struct Workspace {
+  void* memory;
+  explicit Workspace(int64_t bytes) : memory(aligned_alloc(64, round_up(bytes + 64, 64))) {
+    if (!memory) throw std::bad_alloc();
+  }
+  ~Workspace() { free(memory); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+};
+
+// The chunk as the wide operand of an adapter gradient: rows interleaved where a step holds a pair of them.
+template <class K>
+static const typename K::Step* across_rows(const typename K::Step* chunk, typename K::Step* pairs, int64_t rows, int64_t cols) {
+  if constexpr (K::pair == 2) {
+    interleave_rows(pairs, K::pairs_ld, reinterpret_cast<const uint16_t*>(chunk), K::chunk_ld * 2, rows,
+                    round_up(cols, K::panel));
+    return pairs;
+  }
+  return chunk;
+}
+
+template <class Acc>
+static void write_as(Dtype dtype, void* out, int64_t at, const Acc* row, int64_t n) {
+  if constexpr (sizeof(Acc) == 8) {
+    float narrow[256];
+    if (dtype == Dtype::f64) return convert(static_cast<double*>(out) + at, row, n);
+    for (int64_t j = 0; j < n; j += 256) {
+      const int64_t live = min64(256, n - j);
+      for (int64_t i = 0; i < live; ++i) narrow[i] = static_cast<float>(row[j + i]);
+      write_as(dtype, out, at + j, narrow, live);
+    }
+  } else {
+    switch (dtype) {
+      case Dtype::f32: return convert(static_cast<float*>(out) + at, row, n);
+      case Dtype::bf16: return convert(static_cast<bf16*>(out) + at, row, n);
+      case Dtype::f16: return convert(static_cast<f16*>(out) + at, row, n);
+      case Dtype::f64:
+        for (int64_t i = 0; i < n; ++i) static_cast<double*>(out)[at + i] = row[i];
+    }
+  }
+}
+
+}  // namespace PK_ISA
+}  // namespace peft_kernels
