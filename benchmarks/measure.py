@@ -92,7 +92,11 @@ def _rounds(effort: Effort):
 
 
 def time_cpu(contenders: Sequence[Contender], effort: Effort) -> dict[str, Timing]:
-    """Wall milliseconds of each contender's step, A-B-A-B, after two warm-up rounds; garbage collection is off."""
+    """Wall milliseconds of each contender's step, A-B-A-B, after two warm-up rounds; garbage collection is off.
+
+    Every call takes the next set of inputs and every round starts with the next contender: none of them always goes
+    first, and none finds in the cache what the one before it has just read.
+    """
     for i in range(2):
         for contender in contenders:
             contender.step(i)
@@ -101,9 +105,10 @@ def time_cpu(contenders: Sequence[Contender], effort: Effort) -> dict[str, Timin
     gc.disable()
     try:
         for i in _rounds(effort):
-            for contender in contenders:
+            first = i % len(contenders)
+            for j, contender in enumerate((*contenders[first:], *contenders[:first])):
                 begin = time.perf_counter()
-                contender.step(i)
+                contender.step(i * len(contenders) + j)
                 timings[contender.name].samples.append((time.perf_counter() - begin) * 1e3)
     finally:
         gc.enable()

@@ -239,3 +239,14 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
     path.write_text(json.dumps([tune.row(best, case, 90, "planted, today")]))
     ((key, ((M, config),)),) = configs.read_tuned(str(path)).items()
     assert key == (90, "bfloat16", 4096, 4096, 64) and M == 8192 and config == replace(best, measured="planted, today")
+
+
+def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
+    calls = []
+    names = ("floor", "ours", "peer")
+    contenders = [Contender(n, "peer", lambda i, n=n: calls.append((n, i))) for n in names]
+    measure.time_cpu(contenders, Effort(6, 0.0, 6))
+    timed = calls[2 * len(names) :]
+    assert [i for _, i in timed] == list(range(18))
+    firsts = [name for name, _ in timed[:: len(names)]]
+    assert {name: firsts.count(name) for name in names} == dict.fromkeys(names, 2)
