@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..methods.adapters import configs, fused_layers, register, set_adapter, trainable_copies
+from ..methods.adapters import configs, fused_layers, refuse_merged, register, trainable_copies
 from ..methods.lora import Plan, carry_out, plan_injection
 from ..methods.lora_config import LoraConfig
 from ..methods.targets import is_all_linear, is_excluded, is_saved, matches, pattern_value, walk
@@ -183,7 +183,9 @@ def load_adapter(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: keys, shapes or settings that do not fit; all of them are listed.
+        RuntimeError: adapters are merged.
     """
+    refuse_merged(model, "load an adapter")
     config, tensors = _read(path)
     config = replace(config, inference_mode=not is_trainable)
     present = configs(model)
@@ -201,9 +203,10 @@ def load_adapter(
         carry_out(model, plan)
     else:
         _apply_settings(model, config, adapter_name)
-        active = next(layer.active_adapters for _, layer in fused_layers(model) if adapter_name in layer.specs)
-        if active == [adapter_name]:
-            set_adapter(model, adapter_name, inference_mode=not is_trainable)
+        active = any(adapter_name in layer.active_adapters for _, layer in fused_layers(model))
+        for tensor in contents.values():
+            if isinstance(tensor, nn.Parameter):  # not the buffers of modules_to_save
+                tensor.requires_grad_(is_trainable and active)
     for key, tensor in contents.items():
         tensor.copy_(tensors[key])
     return model

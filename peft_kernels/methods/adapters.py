@@ -47,7 +47,7 @@ def _check_known(model: nn.Module, names: list[str]) -> None:
         raise ValueError(f"no adapter {unknown} in this model; there are {known}")
 
 
-def _refuse_merged(model: nn.Module, what: str) -> None:
+def refuse_merged(model: nn.Module, what: str) -> None:
     merged = [name for name, layer in fused_layers(model) if layer.merged]
     if merged:
         raise RuntimeError(
@@ -64,7 +64,7 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
     """
     names = [names] if isinstance(names, str) else list(names)
     _check_known(model, names)
-    _refuse_merged(model, "set the active adapters")
+    refuse_merged(model, "set the active adapters")
     copies = {wrapper: [name for name in names if name in wrapper.copies] for _, wrapper in trainable_copies(model)}
     for own in copies.values():
         if len(own) > 1:
@@ -79,7 +79,7 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes as if no adapter were there (biases that were trained stay as they are)."""
     layers = _layers_or_error(model)
-    _refuse_merged(model, "disable adapters")
+    refuse_merged(model, "disable adapters")
     modules = [module for _, module in [*layers, *trainable_copies(model)]]
     before = [module.disabled for module in modules]
     try:
@@ -94,7 +94,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter and its modules_to_save copies; the wrapped layers stay in place."""
     _check_known(model, [name])
-    _refuse_merged(model, "delete an adapter")
+    refuse_merged(model, "delete an adapter")
     for _, layer in fused_layers(model):
         if name in layer.specs:
             layer.delete_adapter(name)
@@ -132,7 +132,7 @@ def merge(
         RuntimeError: adapters are merged already, or a lora_bias has no base bias to go to.
     """
     _check_known(model, adapter_names or [])
-    _refuse_merged(model, "merge")
+    refuse_merged(model, "merge")
     work = []
     for name, layer in fused_layers(model):
         names = layer.active_adapters if adapter_names is None else [n for n in adapter_names if n in layer.specs]
