@@ -267,7 +267,8 @@ static void expand(const RankBlock<K>& block, int64_t rows, const typename K::St
   }
 }
 
-// An adapter gradient [panels][height][panel], summed over blocks of rows by one thread for columns `cols`.
+// An adapter gradient [panels][height][panel], summed over blocks of rows by one thread for columns `cols`. With a single
+// block of rows it is final after each chunk: then it holds one chunk, and whoever adds a chunk reads it at once.
 template <class K>
 class OuterSum {
   using Acc = typename K::Acc;
@@ -280,10 +281,10 @@ class OuterSum {
       : height_(height),
         first_(cols.begin / K::panel * height * K::panel),
         last_(ceil_div(cols.end, K::panel) * height * K::panel),
-        part_(arena.take<Acc>(round_up(columns, K::panel) * height)),
+        part_(arena.take<Acc>(round_up(rows <= kBlockRows ? min64(columns, K::chunk_cols) : columns, K::panel) * height)),
         total_(ceil_div(rows, kBlockRows) > kLongBlocks ? arena.take<Acc>(round_up(columns, K::panel) * height) : nullptr) {}
 
-  // Adds block[:, :height].T @ chunk [rows, cols], whose first column is `col`.
+  // Adds block[:, :height].T @ chunk [rows, cols] at column `col`.
   void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t chunk_ld,
            int64_t col, int64_t cols) {
     const int64_t steps = ceil_div(rows, K::pair), run = kChainRows / K::pair;
@@ -315,13 +316,53 @@ class OuterSum {
   }
 };
 
-// Memory of one call: measured by laying out with a null base, then allocated.
-struct Workspace {
-  void* memory;
-  explicit Workspace(int64_t bytes) : memory(aligned_alloc(64, round_up(bytes + 64, 64))) {
-    if (!memory) throw std::bad_alloc();
+// Memory of one call: measured by laying out with a null base, then taken from what the calling thread keeps. Up to
+// kKeptBytes are kept: malloc gives such sizes back to the system at once, and the page faults of the next call cost more
+// than the products of a few rows (measured: 4.1 instead of 2.6 ms at M = 1, r = 256).
+class Workspace {
+  static constexpr int64_t kKeptBytes = 16 << 20;
+  struct Kept {
+    void* memory = nullptr;
+    int64_t bytes = 0;
+    bool busy = false;
+    ~Kept() { free(memory); }
+  };
+  static Kept& kept() {
+    static thread_local Kept one;
+    return one;
   }
-  ~Workspace() { free(memory); }
+  static void* take(int64_t bytes) {
+    void* memory = aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+  }
+  bool borrowed_;
+
+ public:
+  void* memory;
+  explicit Workspace(int64_t bytes) : borrowed_(bytes <= kKeptBytes && !kept().busy) {
+    bytes = round_up(bytes + 64, 4096);
+    Kept& own = kept();
+    if (!borrowed_) {
+      memory = take(bytes);
+      return;
+    }
+    if (own.bytes < bytes) {
+      free(own.memory);
+      own.memory = nullptr;
+      own.bytes = 0;
+      own.memory = take(bytes);
+      own.bytes = bytes;
+    }
+    own.busy = true;
+    memory = own.memory;
+  }
+  ~Workspace() {
+    if (borrowed_)
+      kept().busy = false;
+    else
+      free(memory);
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 };

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "few_rows.h"
 #include "lora_linear.h"
 
 namespace peft_kernels {
@@ -88,6 +89,19 @@ Tensor base_product(const Tensor& left, const Tensor& right) {
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward_few(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+                                               const Tensor& lora_b, const OptionalTensor& bias, double scaling) {
+  dtype_of(x, "x");
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  const int64_t M = x.size(0), N = lora_b.size(0);
+  Tensor y = weight ? base_product(x, weight->t()).contiguous() : at::empty({M, N}, options);
+  if (bias && weight) y.add_(bias->to(x.scalar_type()));
+  if (bias && !weight) y.copy_(bias->expand({M, N}));
+  Tensor s = at::empty({M, lora_a.size(0)}, options);
+  few_rows::forward(x, lora_a, lora_b, scaling, weight || bias, y, s);
+  return {y, s, at::empty({0}, options.dtype(at::kByte))};
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
                                            const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
                                            double scaling, int64_t threshold) {
@@ -102,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   if (bias) check_shape(*bias, "bias", {N});
 
   const Tensor x_rows = unit_columns(x);
+  if (M > 0 && M <= few_rows::kMost && !seed) return forward_few(x_rows, weight, lora_a, lora_b, bias, scaling);
   const Tensor a = adapter(lora_a, x.scalar_type()), b = adapter(lora_b, x.scalar_type());
   const Tensor bias_acc = bias ? bias->to(accumulator(x.scalar_type())).contiguous() : Tensor();
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
@@ -130,6 +145,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   return {y, s, mask};
 }
 
+// x and s are undefined where their gradient is not asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_few(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& s,
+                                                        double scaling, bool need_dx, bool need_dbias) {
+  dtype_of(dy, "dy");
+  const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor dx, da = at::empty({0}, options), db = at::empty({0}, options), dbias = at::empty({0}, options);
+  if (need_dx) dx = weight ? base_product(dy, *weight).contiguous() : at::empty({dy.size(0), lora_a.size(1)}, options);
+  few_rows::backward(dy, x, s, lora_a, lora_b, scaling, weight.has_value(), dx, da, db);
+  if (need_dbias) dbias = dy.sum(0, false, accumulator(dy.scalar_type()));
+  return {need_dx ? dx : at::empty({0}, options), da, db, dbias};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight,
                                                     const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& s,
                                                     const Tensor& mask, double scaling, bool need_dx, bool need_dlora_a,
@@ -146,6 +174,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   const at::ScalarType dtype = dy.scalar_type();
 
   const Tensor dy_rows = unit_columns(dy);
+  if (need_dlora_a) check_shape(*x, "x", {M, K});
+  if (need_dlora_b) check_shape(*s, "s", {M, R});
+  if (M > 0 && M <= few_rows::kMost && mask.numel() == 0)
+    return backward_few(dy_rows, need_dlora_a ? *x : Tensor(), weight, lora_a, lora_b, need_dlora_b ? *s : Tensor(), scaling,
+                        need_dx, need_dbias);
   const Tensor a = adapter(lora_a, dtype), b = adapter(lora_b, dtype);
   Tensor x_rows, s_rows;
   LoraBackward f;
@@ -153,12 +186,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   f.M = M, f.N = N, f.K = K, f.R = R;
   f.dy = rows_of(dy_rows), f.a = rows_of(a), f.b = rows_of(b);
   if (need_dlora_a) {
-    check_shape(*x, "x", {M, K});
     x_rows = unit_columns(x->to(dtype));
     f.x = rows_of(x_rows);
   }
   if (need_dlora_b) {
-    check_shape(*s, "s", {M, R});
     s_rows = unit_columns(s->to(dtype));
     f.s = rows_of(s_rows);
   }

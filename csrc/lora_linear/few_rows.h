@@ -6,19 +6,31 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
-#include <tuple>
+#include <algorithm>
 
 namespace peft_kernels::few_rows {
 
 using at::Tensor;
 
-constexpr int64_t kMost = 32;
+constexpr int64_t kMost = 4;
+constexpr int64_t kLongChain = 2048;  // terms that the BLAS may add in one chain
 
 // What the low-rank products are computed in; fp16 has no BLAS on a CPU.
-inline at::ScalarType wide_dtype(at::ScalarType x, at::ScalarType adapters) {
-  const at::ScalarType wide = at::promote_types(x, adapters);
+inline at::ScalarType wide_dtype(at::ScalarType x, const Tensor& a, const Tensor& b) {
+  const at::ScalarType wide = at::promote_types(x, at::promote_types(a.scalar_type(), b.scalar_type()));
   return wide == at::kHalf ? at::kFloat : wide;
+}
+
+// left @ right over a long reduction: in fp32 and fp64 partial sums are joined every kLongChain terms.
+inline Tensor long_product(const Tensor& left, const Tensor& right) {
+  const int64_t terms = left.size(1);
+  if (terms <= kLongChain || left.scalar_type() == at::kBFloat16) return at::mm(left, right);
+  Tensor out = at::mm(left.narrow(1, 0, kLongChain), right.narrow(0, 0, kLongChain));
+  for (int64_t k = kLongChain; k < terms; k += kLongChain) {
+    const int64_t n = std::min(kLongChain, terms - k);
+    out.add_(at::mm(left.narrow(1, k, n), right.narrow(0, k, n)));
+  }
+  return out;
 }
 
 // factor * left @ right, rounded once.
@@ -26,38 +38,35 @@ inline Tensor product(const Tensor& left, const Tensor& right, double factor) {
   return at::empty({left.size(0), right.size(1)}, left.options()).addmm_(left, right, 0, factor);
 }
 
-// base + factor * left @ right in base's dtype; without a base the product alone.
-inline Tensor expand(const std::optional<Tensor>& base, const Tensor& left, const Tensor& right, double factor,
-                     at::ScalarType dtype) {
-  if (base && base->scalar_type() == left.scalar_type()) return base->addmm(left, right, 1, factor);
-  const Tensor delta = product(left, right, factor);
-  return (base ? base->to(delta.scalar_type()) + delta : delta).to(dtype);
+// out (+)= factor * left @ right: added to the base that is there, or written.
+inline void expand(Tensor& out, bool base, const Tensor& left, const Tensor& right, double factor) {
+  if (out.scalar_type() == left.scalar_type())
+    out.addmm_(left, right, base ? 1 : 0, factor);
+  else if (base)
+    out.add_(product(left, right, factor));
+  else
+    out.copy_(product(left, right, factor));
 }
 
-// y [M, N] and s [M, R]; base [M, N] is x @ weight.T + bias, or just the bias expanded, or absent.
-inline std::tuple<Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& base, const Tensor& a, const Tensor& b,
-                                          double scaling) {
-  const at::ScalarType dtype = x.scalar_type(), wide = wide_dtype(dtype, at::promote_types(a.scalar_type(), b.scalar_type()));
-  const Tensor s = at::mm(x.to(wide), a.to(wide).t());
-  return {expand(base, s, b.to(wide).t(), scaling, dtype).contiguous(), s.to(dtype)};
+// y [M, N] holds x @ weight.T + bias if `base`; s [M, R] is written.
+inline void forward(const Tensor& x, const Tensor& a, const Tensor& b, double scaling, bool base, Tensor& y, Tensor& s) {
+  const at::ScalarType wide = wide_dtype(x.scalar_type(), a, b);
+  const Tensor rank = long_product(x.to(wide), a.to(wide).t());
+  expand(y, base, rank, b.to(wide).t(), scaling);
+  s.copy_(rank);
 }
 
-struct Gradients {
-  Tensor dx, da, db;
-};
-
-// Undefined tensors for what is not needed; base [M, K] is dy @ weight, or absent.
-inline Gradients backward(const Tensor& dy, const std::optional<Tensor>& base, const Tensor* x, const Tensor* s, const Tensor& a,
-                          const Tensor& b, double scaling, bool need_dx) {
-  const at::ScalarType dtype = dy.scalar_type(), wide = wide_dtype(dtype, at::promote_types(a.scalar_type(), b.scalar_type()));
+// dx [M, K] holds dy @ weight if `base`; an undefined dx, x or s leaves out its gradient.
+inline void backward(const Tensor& dy, const Tensor& x, const Tensor& s, const Tensor& a, const Tensor& b, double scaling,
+                     bool base, Tensor& dx, Tensor& da, Tensor& db) {
+  const at::ScalarType wide = wide_dtype(dy.scalar_type(), a, b);
   const Tensor rows = dy.to(wide);
-  Gradients out;
-  Tensor g;
-  if (need_dx || x) g = at::mm(rows, b.to(wide));
-  if (need_dx) out.dx = expand(base, g, a.to(wide), scaling, dtype).contiguous();
-  if (x) out.da = product(g.t(), x->to(wide), scaling).to(a.scalar_type()).contiguous();
-  if (s) out.db = product(rows.t(), s->to(wide), scaling).to(b.scalar_type()).contiguous();
-  return out;
+  if (dx.defined() || x.defined()) {
+    const Tensor g = long_product(rows, b.to(wide));
+    if (dx.defined()) expand(dx, base, g, a.to(wide), scaling);
+    if (x.defined()) da = product(g.t(), x.to(wide), scaling).to(a.scalar_type());
+  }
+  if (s.defined()) db = product(rows.t(), s.to(wide), scaling).to(b.scalar_type());
 }
 
 }  // namespace peft_kernels::few_rows

@@ -79,9 +79,16 @@ static void forward(const LoraForward& f) {
 // [at, at + size) of the threads' sums, added in their order and scaled.
 template <class Acc>
 static void sum_threads(const void* const* parts, int owners, int64_t at, int64_t size, Acc scale, Acc* out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = owners ? static_cast<const Acc*>(parts[0])[at + i] : Acc(0);
-  for (int t = 1; t < owners; ++t)
-    for (int64_t i = 0; i < size; ++i) out[i] += static_cast<const Acc*>(parts[t])[at + i];
+  const Acc* part = static_cast<const Acc*>(parts[0]) + at;
+  if (owners < 2) {
+    for (int64_t i = 0; i < size; ++i) out[i] = owners ? part[i] * scale : Acc(0);
+    return;
+  }
+  for (int64_t i = 0; i < size; ++i) out[i] = part[i];
+  for (int t = 1; t < owners; ++t) {
+    part = static_cast<const Acc*>(parts[t]) + at;
+    for (int64_t i = 0; i < size; ++i) out[i] += part[i];
+  }
   for (int64_t i = 0; i < size; ++i) out[i] *= scale;
 }
 
@@ -115,12 +122,61 @@ struct BackwardShared {
   const void **g_parts, **dbt_parts, **da_parts;  // one pointer per thread
 };
 
+// dlora_b [N, R] rows n0 .. n0 + live from a panel [R][panel] of its transpose.
+template <class K>
+static void write_db(const LoraBackward& f, typename K::Acc* panel, typename K::Acc* lines, int64_t n0, int64_t live) {
+  using Bits = typename BitsOf<sizeof(typename K::Acc)>::type;
+  const int64_t padded = round_up(f.R, K::W);
+  for (int64_t n = 0; n < live; n += K::W) {
+    for (int64_t r = 0; r < padded; r += K::W)
+      transpose_block(reinterpret_cast<const Bits*>(panel + r * K::panel + n), K::panel, reinterpret_cast<Bits*>(lines + r),
+                      padded, K::W);
+    for (int64_t i = 0; i < min64(K::W, live - n); ++i) write_as(f.db_dtype, f.db, (n0 + n + i) * f.R, lines + i * padded, f.R);
+  }
+}
+
+// Where an adapter gradient's sums are: `owners` threads hold them, the first column is `origin`.
+struct Parts {
+  const void* const* data;
+  int owners;
+  int64_t origin;
+};
+
+// Writes dlora_b and dbias for every `stride`-th panel of columns in `range`.
+template <class K>
+static void write_over_n(const LoraBackward& f, const Parts& parts, Range range, int64_t stride, BackwardOwn<K>& own) {
+  using Acc = typename K::Acc;
+  const int64_t height = own.s_height(f);
+  for (int64_t n = range.begin; height && n < range.end; n += stride * K::panel) {
+    const int64_t live = min64(K::panel, range.end - n), at = (n - parts.origin) * height;
+    if (f.dbias) {
+      sum_threads<Acc>(parts.data, parts.owners, at + (height - 1) * K::panel, K::panel, 1, own.scratch);
+      memcpy(static_cast<Acc*>(f.dbias) + n, own.scratch, live * sizeof(Acc));
+    }
+    if (!f.db) continue;
+    sum_threads<Acc>(parts.data, parts.owners, at, f.R * K::panel, static_cast<Acc>(f.scaling), own.scratch);
+    write_db<K>(f, own.scratch, own.lines, n, live);
+  }
+}
+
+// The same for dlora_a.
+template <class K>
+static void write_over_k(const LoraBackward& f, const Parts& parts, Range range, int64_t stride, BackwardOwn<K>& own) {
+  using Acc = typename K::Acc;
+  for (int64_t k = range.begin; f.da && k < range.end; k += stride * K::panel) {
+    const int64_t live = min64(K::panel, range.end - k);
+    sum_threads<Acc>(parts.data, parts.owners, (k - parts.origin) * f.R, f.R * K::panel, static_cast<Acc>(f.scaling),
+                     own.scratch);
+    for (int64_t r = 0; r < f.R; ++r) write_as(f.da_dtype, f.da, r * f.K + k, own.scratch + r * K::panel, live);
+  }
+}
+
 // One thread's rows: dx, and its share of dBt and dA.
 template <class K>
 static void backward_rows(const LoraBackward& f, const Split& split, const BackwardShared& shared, BackwardOwn<K>& own) {
   using Store = typename K::Store;
   using Step = typename K::Step;
-  const bool need_g = f.dx || f.da;
+  const bool need_g = f.dx || f.da, single = f.M <= kBlockRows;
   const int64_t height = own.s_height(f), n_steps = ceil_div(f.N, K::pair), mask_ld = ceil_div(f.K, 8);
   const Range range = split.rows(), ns = split.cols(f.N), ks = split.cols(f.K);
   for (int64_t m = range.begin; m < range.end; m += kBlockRows) {
@@ -137,7 +193,12 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
       if (need_g) own.g_sum.add(own.chunk, rows, ceil_div(cols, K::pair), static_cast<Step*>(shared.b), n / K::pair, n_steps);
       if (height)
         own.dbt.add(own.s.by_column + own.s_first(f), own.s.columns_ld, rows,
-                    across_rows<K>(own.chunk, own.pairs, rows, cols), K::pair == 2 ? K::pairs_ld : K::chunk_ld, n, cols);
+                    across_rows<K>(own.chunk, own.pairs, rows, cols), K::pair == 2 ? K::pairs_ld : K::chunk_ld,
+                    single ? 0 : n, cols);
+      if (height && single) {
+        const void* part = own.dbt.finish();
+        write_over_n<K>(f, {&part, 1, n}, {n, n + cols}, 1, own);
+      }
     }
     if (height) own.dbt.end_block();
     if (!need_g) continue;
@@ -149,49 +210,13 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
       const int64_t cols = min64(K::chunk_cols, ks.end - k);
       load_chunk<K>(own.chunk, static_cast<const Store*>(f.x.data) + m * f.x.row + k, f.x.row, rows, cols, mask, mask_ld, k);
       own.da.add(own.g.by_column, own.g.columns_ld, rows, across_rows<K>(own.chunk, own.pairs, rows, cols),
-                 K::pair == 2 ? K::pairs_ld : K::chunk_ld, k, cols);
+                 K::pair == 2 ? K::pairs_ld : K::chunk_ld, single ? 0 : k, cols);
+      if (single) {
+        const void* part = own.da.finish();
+        write_over_k<K>(f, {&part, 1, k}, {k, k + cols}, 1, own);
+      }
     }
     if (f.da) own.da.end_block();
-  }
-}
-
-// dlora_b [N, R] rows n0 .. n0 + live from a panel [R][panel] of its transpose.
-template <class K>
-static void write_db(const LoraBackward& f, typename K::Acc* panel, typename K::Acc* lines, int64_t n0, int64_t live) {
-  using Bits = typename BitsOf<sizeof(typename K::Acc)>::type;
-  const int64_t padded = round_up(f.R, K::W);
-  for (int64_t n = 0; n < live; n += K::W) {
-    for (int64_t r = 0; r < padded; r += K::W)
-      transpose_block(reinterpret_cast<const Bits*>(panel + r * K::panel + n), K::panel, reinterpret_cast<Bits*>(lines + r),
-                      padded, K::W);
-    for (int64_t i = 0; i < min64(K::W, live - n); ++i) write_as(f.db_dtype, f.db, (n0 + n + i) * f.R, lines + i * padded, f.R);
-  }
-}
-
-// Adds the threads' shares, scales and writes. Rows were split: panels are dealt out; columns were: each thread has its own.
-template <class K>
-static void backward_reduce(const LoraBackward& f, const Split& split, const BackwardShared& shared, BackwardOwn<K>& own) {
-  using Acc = typename K::Acc;
-  const Acc scale = static_cast<Acc>(f.scaling);
-  const int64_t height = own.s_height(f), stride = split.columns ? 1 : split.threads;
-  const int at = split.columns ? split.id : 0, owners = split.owners();
-  const Range ns = split.cols(f.N), ks = split.cols(f.K);
-  const auto first = [&](Range cols) { return cols.begin + (split.columns ? 0 : split.id * K::panel); };
-  for (int64_t n0 = first(ns); height && n0 < ns.end; n0 += stride * K::panel) {
-    const int64_t live = min64(K::panel, ns.end - n0), panel = n0 * height;
-    if (f.dbias) {
-      sum_threads<Acc>(shared.dbt_parts + at, owners, panel + (height - 1) * K::panel, K::panel, 1, own.scratch);
-      memcpy(static_cast<Acc*>(f.dbias) + n0, own.scratch, live * sizeof(Acc));
-    }
-    if (f.db) {
-      sum_threads<Acc>(shared.dbt_parts + at, owners, panel, f.R * K::panel, scale, own.scratch);
-      write_db<K>(f, own.scratch, own.lines, n0, live);
-    }
-  }
-  for (int64_t k0 = first(ks); f.da && k0 < ks.end; k0 += stride * K::panel) {
-    const int64_t live = min64(K::panel, ks.end - k0);
-    sum_threads<Acc>(shared.da_parts + at, owners, k0 * f.R, f.R * K::panel, scale, own.scratch);
-    for (int64_t r = 0; r < f.R; ++r) write_as(f.da_dtype, f.da, r * f.K + k0, own.scratch + r * K::panel, live);
   }
 }
 
@@ -227,10 +252,14 @@ static void backward(const LoraBackward& f) {
     BackwardOwn<K> own(own_arena, f, split);
 #pragma omp barrier
     backward_rows<K>(f, split, shared, own);
-    shared.dbt_parts[split.id] = own.dbt.finish();
-    shared.da_parts[split.id] = own.da.finish();
+    if (f.M == 0 || f.M > kBlockRows) {
+      shared.dbt_parts[split.id] = own.dbt.finish();
+      shared.da_parts[split.id] = own.da.finish();
 #pragma omp barrier
-    backward_reduce<K>(f, split, shared, own);
+      const int64_t first = split.id * K::panel;
+      write_over_n<K>(f, {shared.dbt_parts, split.owners(), 0}, {first, f.N}, split.threads, own);
+      write_over_k<K>(f, {shared.da_parts, split.owners(), 0}, {first, f.K}, split.threads, own);
+    }
   }
 }
 
