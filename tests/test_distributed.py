@@ -140,15 +140,20 @@ def test_two_ranks(check, tmp_path):
     _on_two_ranks(check, tmp_path)
 
 
+@pytest.mark.parametrize("probes", [0, 2])
 @pytest.mark.parametrize("first", ["peft_kernels", DTENSOR])
-def test_rules_are_registered_in_either_order(first):
-    """And importing the package alone does not import DTensor."""
+def test_rules_are_registered_in_either_order(first, probes):
+    """And importing the package alone does not import DTensor, nor does asking whether it is there lose the rules."""
     script = f"""
-import sys, importlib
+import sys, importlib, importlib.util
 importlib.import_module({first!r})
 if {first == "peft_kernels"}:
     assert {DTENSOR!r} not in sys.modules, "importing peft_kernels imported DTensor"
-importlib.import_module({DTENSOR!r})
+for _ in range({probes}):
+    assert importlib.util.find_spec({DTENSOR!r}).origin.endswith("__init__.py")
+module = importlib.import_module({DTENSOR!r})
+assert type(module.__spec__.loader).__module__ == "_frozen_importlib_external"
+assert not any("peft_kernels" in type(finder).__module__ for finder in sys.meta_path)
 from torch.distributed.tensor import DTensor
 from peft_kernels.kernels.lora_linear import op
 known = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs

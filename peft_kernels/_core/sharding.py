@@ -6,7 +6,6 @@ registered as soon as somebody imports it, rules given after it at once.
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -47,19 +46,30 @@ def _register(op: Callable, rule: Rule) -> None:
     register_sharding(op)(acceptable)
 
 
-class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands before the real finder of DTensor once, and registers the rules after the module has run."""
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Stands before the real finder of DTensor until the module has run. Being asked for its spec changes nothing."""
 
     def find_spec(
         self, name: str, path=None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != _DTENSOR:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
-            self._loader, spec.loader = spec.loader, self
-        return spec
+        for finder in list(sys.meta_path):
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                spec.loader = _Registering(spec.loader, self)
+                return spec
+        return None
+
+
+class _Registering:
+    """DTensor's own loader, but for registering the rules after the module has run."""
+
+    def __init__(self, loader: importlib.abc.Loader, finder: _AfterImport):
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -67,6 +77,8 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         for op, rule in RULES.items():
             _register(op, rule)
 
