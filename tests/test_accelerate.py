@@ -110,3 +110,18 @@ def test_what_it_does_not_do_is_left_to_peft_and_said():
         pk.accelerate(wrapped(llama, target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="no HF PEFT layer"):
         pk.accelerate(llama())
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+def test_hooks_registered_later_on_a_part_fire(part):
+    model, tokens = pk.accelerate(wrapped(llama, target_modules=["q_proj"]).eval()), ids()
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    before, fired = model(tokens).logits, []
+    handle = model.get_submodule(f"{name}.{part}").register_forward_hook(lambda *_: fired.append(part))
+    model(tokens)
+    assert fired == [part]
+    reasons = {row.module: row.reason for row in pk.coverage(model) if row.path == "HF PEFT"}
+    assert reasons == {name: f"{part} has forward or backward hooks"}
+    handle.remove()
+    assert torch.equal(model(tokens).logits, before)
+    assert fired == [part]

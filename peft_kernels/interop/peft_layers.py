@@ -3,7 +3,7 @@
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from ..nn.base_linear import conv1d_class, refusal
+from ..nn.base_linear import conv1d_class, has_hooks, refusal
 from ..nn.combine import Branch, RunsLoRALinear, adapted_linear
 
 
@@ -37,6 +37,11 @@ class FusedPeftLinear(RunsLoRALinear, PeftLinear):
                 return f"adapter {name} is a {type(self.lora_variant[name]).__name__}"
             if not isinstance(self.scaling[name], float | int):
                 return f"adapter {name} has a tensor for a scaling, which would have to be read from the device"
+            for part in ("lora_A", "lora_B", "lora_dropout"):
+                if has_hooks(getattr(self, part)[name]):
+                    return f"{part}.{name} has forward or backward hooks"
+        if has_hooks(self.base_layer):
+            return "base_layer has forward or backward hooks"
         return None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

@@ -22,6 +22,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or conv1d_class(module) is not None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to run when the module is called, which a fused layer does not do with its parts."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why `module` cannot be wrapped; None when it can."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -39,7 +44,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; expected one of {', '.join(map(str, _DTYPES))}"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has forward or backward hooks, which would be lost: register them after the adapters are in"
     return None
 
