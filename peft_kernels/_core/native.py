@@ -7,11 +7,13 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+_PARTS = {"_C_cpu", "_C_cuda", "triton"}  # what PEFT_KERNELS_DISABLE may name, comma-separated
 _PACKAGE = __name__.split(".")[0]
 _BUILD_FACTS = Path(__file__).parent.parent / "_build.json"  # written by setup.py beside the extensions
 
@@ -25,6 +27,12 @@ MISSING: dict[str, str] = {}
 def _disabled() -> set[str]:
     names = os.environ.get("PEFT_KERNELS_DISABLE", "")
     return {name.strip() for name in names.split(",") if name.strip()}
+
+
+def _warn_of_unknown(names: set[str]) -> None:
+    unknown = sorted(names - _PARTS)
+    if unknown:
+        warnings.warn(f"PEFT_KERNELS_DISABLE names {unknown}; there are {sorted(_PARTS)}", stacklevel=2)
 
 
 def build_facts() -> dict:
@@ -65,6 +73,7 @@ def has_native_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
 
+_warn_of_unknown(_disabled())
 for _name in ("_C_cpu", "_C_cuda"):
     _load(_name)
 
