@@ -56,6 +56,8 @@ def test_a_second_adapter_waits_until_it_is_chosen():
     model, tokens = llama().eval(), ids()
     pk.inject(model, LoraConfig(target_modules=["q_proj"], r=2))
     pk.inject(model, LoraConfig(target_modules=["q_proj", "up_proj"], r=3), "second")
+    trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"default"}
     randomise(nn.ModuleList(layer.lora_B for _, layer in fused_layers(model)))
     first = model(tokens).logits
     assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("second"))
@@ -162,6 +164,43 @@ def test_merge_refuses_a_tied_weight():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(ValueError, match=r"of lm_head is shared with model\.embed_tokens"):
         pk.merge(model)
+
+
+def test_merge_names_the_layers_that_share_a_weight():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[2].weight = model[1].weight
+    pk.inject(model, LoraConfig(target_modules="all-linear", r=2))
+    with pytest.raises(ValueError, match="of 1 is shared with 2,"):
+        pk.merge(model)
+
+
+def test_merge_on_the_meta_device_sees_no_ties_where_there_are_none():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)).to("meta")
+    pk.inject(model, LoraConfig(target_modules=["0", "1"], r=2))
+    pk.merge(model, restorable=False)
+    assert model[0].merged
+    assert model[1].merged
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to("meta")
+    model[1].bias = model[0].bias
+    pk.inject(model, LoraConfig(target_modules="all-linear", r=2))
+    with pytest.raises(ValueError, match="of 0 is shared with 1,"):
+        pk.merge(model, restorable=False)
+
+
+def test_a_name_may_come_alone_but_not_twice():
+    model = pk.inject(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], r=2))
+    for owner in (model, model[0]):
+        merge, choose = (
+            (owner.merge, owner.set_adapter)
+            if owner is model[0]
+            else (lambda names: pk.merge(model, names), lambda names: pk.set_adapter(model, names))
+        )
+        for call in (merge, choose):
+            with pytest.raises(ValueError, match=r"\['default'\] are named more than once"):
+                call(["default", "default"])
+        merge("default")
+        assert model[0].merged_adapters == ["default"]
+        model[0].unmerge()
 
 
 def test_inject_refuses_a_taken_name_merged_layers_and_a_second_bias():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..nn.adapter import name_list
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.trainable_copy import TrainableCopy
 from .lora_config import LoraConfig
@@ -59,10 +60,10 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
     """Make these adapters active everywhere they exist, and trainable unless inference_mode; freeze the others.
 
     Raises:
-        ValueError: an unknown adapter, or two with a modules_to_save copy of the same module.
+        ValueError: an adapter unknown or named twice, or two with a modules_to_save copy of the same module.
         RuntimeError: adapters are merged.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = name_list(names)
     _check_known(model, names)
     refuse_merged(model, "set the active adapters")
     copies = {wrapper: [name for name in names if name in wrapper.copies] for _, wrapper in trainable_copies(model)}
@@ -106,31 +107,37 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 def _refuse_tied(model: nn.Module, layers: list[tuple[str, FusedLoRALinear]]) -> None:
     """Merging writes a weight in place: another module that holds it would change with it."""
-    own = {p.data_ptr(): name for name, layer in layers for p in (layer.weight, layer.bias) if p is not None}
-    merging = {layer for _, layer in layers}
-    holders: dict[int, str] = {}
+
+    def memory(parameter: nn.Parameter) -> int:
+        return parameter.data_ptr() or id(parameter)  # no address on the meta device
+
+    own: dict[int, str] = {}
+    for name, layer in layers:
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                own.setdefault(memory(parameter), name)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            pointer = parameter.data_ptr()
-            if pointer not in own or (module in merging and holders.setdefault(pointer, name) == name):
-                continue
-            raise ValueError(
-                f"cannot merge: the weight or bias of {own[pointer]} is shared with {name}, which would change too; "
-                "untie them first"
-            )
+            holder = own.get(memory(parameter), name)
+            if holder != name:
+                raise ValueError(
+                    f"cannot merge: the weight or bias of {holder} is shared with {name}, which would change too; "
+                    "untie them first"
+                )
 
 
 def merge(
-    model: nn.Module, adapter_names: list[str] | None = None, safe_merge: bool = False, restorable: bool = True
+    model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False, restorable: bool = True
 ) -> None:
     """Merge adapters (default: the active ones) into the base weights of every layer; all layers or none.
 
     restorable=True keeps each original weight in host memory (the merged layers' weight bytes) for `unmerge`.
 
     Raises:
-        ValueError: an unknown adapter, a weight that another module shares, a merged value that is not finite.
+        ValueError: an adapter unknown or named twice, a weight that another module shares, a value that is not finite.
         RuntimeError: adapters are merged already, or a lora_bias has no base bias to go to.
     """
+    adapter_names = None if adapter_names is None else name_list(adapter_names)
     _check_known(model, adapter_names or [])
     refuse_merged(model, "merge")
     work = []

@@ -67,6 +67,15 @@ def check_name(name: str) -> None:
         raise ValueError(f"adapter_name is {name!r}: the name is taken by the layer's own attributes")
 
 
+def name_list(names: str | list[str]) -> list[str]:
+    """One name or several, as a list. An adapter named twice would count twice: ValueError."""
+    names = [names] if isinstance(names, str) else list(names)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"adapters {repeated} are named more than once in {names}")
+    return names
+
+
 def default_dtype(base_dtype: torch.dtype) -> torch.dtype:
     """HF PEFT's autocast_adapter_dtype: fp32 adapters over a 16-bit base, otherwise the base's dtype."""
     return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype

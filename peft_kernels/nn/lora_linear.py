@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, AdapterSpec, check_name, new_adapter
+from .adapter import Adapter, AdapterSpec, check_name, name_list, new_adapter
 from .base_linear import conv1d_class, refusal
 from .combine import Branch, RunsLoRALinear, adapted_linear
 from .merging import merged_tensors
@@ -126,7 +126,7 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, trainable unless inference_mode; all others are frozen."""
-        names = [names] if isinstance(names, str) else list(names)
+        names = name_list(names)
         self._require(names)
         self._refuse_merged("set the active adapters")
         self._active = names
@@ -184,7 +184,9 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
         return adapted_linear(x, weight, self.bias, branches) if branches else F.linear(x, weight, self.bias)
 
     @torch.no_grad()
-    def merge(self, adapter_names: list[str] | None = None, safe_merge: bool = False, restorable: bool = True) -> None:
+    def merge(
+        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, restorable: bool = True
+    ) -> None:
         """Add the adapters (default: the active ones) into weight and bias, in fp32 and rounded once (fp64 for fp64).
 
         The Parameters are written in place, so every holder of them (the wrapped nn.Linear, a tied embedding) sees
@@ -193,9 +195,9 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
 
         Raises:
             RuntimeError: already merged; or lora_bias to merge and no base bias.
-            ValueError: an unknown adapter; or, with safe_merge, a merged value that is not finite.
+            ValueError: an adapter unknown or named twice; or, with safe_merge, a merged value that is not finite.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else name_list(adapter_names)
         self._require(names)
         self._refuse_merged("merge")
         if not names:
