@@ -1,6 +1,7 @@
 """LoraConfig: HF PEFT's LoRA settings, and a clear error for each one that is not implemented here."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,60 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_NAMES = (lambda value: _text_or_none(value) or _strings(value), "a list of names, a regular expression or None")
+_BOOL = (lambda value: isinstance(value, bool), "True or False")
+_TEXT = (_text_or_none, "a string or None")
+_PATTERN = (lambda value: isinstance(value, dict) and _strings(list(value)), "a dict from regular expressions")
+_TYPES = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": (lambda value: value is None or _strings(value), "a list of names or None"),
+    "layers_to_transform": (
+        lambda value: value is None or _integer(value) or (isinstance(value, list) and all(map(_integer, value))),
+        "an integer, a list of integers or None",
+    ),
+    "rank_pattern": _PATTERN,
+    "alpha_pattern": _PATTERN,
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"), _BOOL),
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), _TEXT),
+}
+"""Field -> (whether a value is of its type, the type in words); AdapterSpec checks the other fields."""
+
+
+def _check_types(config: "LoraConfig") -> None:
+    for name, (fits, expected) in _TYPES.items():
+        if not fits(getattr(config, name)):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected}")
+
+
+def _check_expressions(config: "LoraConfig") -> None:
+    """Every string that is matched as a regular expression must be one."""
+    used = {name: [*(getattr(config, name) or ())] for name in ("modules_to_save", "rank_pattern", "alpha_pattern")}
+    for name in ("target_modules", "exclude_modules"):
+        used[name] = [getattr(config, name)] if isinstance(getattr(config, name), str) else []
+    layers = config.layers_pattern or []
+    used["layers_pattern"] = [layers] if isinstance(layers, str) else layers
+    for name, expressions in used.items():
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{name} {expression!r} is not a regular expression: {error}") from error
+
+
 @dataclass
 class LoraConfig:
     """Settings of one adapter over a model; names, meanings and defaults are HF PEFT's.
@@ -80,6 +135,8 @@ class LoraConfig:
         for entry in dataclasses.fields(self):
             setattr(self, entry.name, _plain(getattr(self, entry.name)))
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        _check_types(self)
+        _check_expressions(self)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lora_only'")
         for name in ("layers_to_transform", "layers_pattern"):
@@ -114,6 +171,8 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
         """From adapter_config.json. A field that asks for something not implemented here raises ValueError."""
+        if not isinstance(values, dict):
+            raise ValueError(f"the config is a {type(values).__name__}; expected an object with the fields")
         values = {name: _plain(value) for name, value in values.items()}
         if values.get("peft_type", "LORA") != "LORA":
             raise ValueError(f"peft_type is {values['peft_type']!r}; expected 'LORA'")
