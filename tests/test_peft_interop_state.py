@@ -97,3 +97,46 @@ def test_tied_copies_of_saved_modules_are_stored_twice(tmp_path):
     for name in ("model.embed_tokens", "lm_head"):
         assert torch.equal(stored[f"base_model.model.{name}.weight"], embedding.weight)
     assert torch.equal(outputs(pk.load_adapter(copy.deepcopy(base), tmp_path), tokens), outputs(model, tokens))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_saving_while_merged_stores_the_base_bias(bias, tmp_path):
+    model = injected(tmp_path / "before", lora_bias=True, bias=bias)
+    expected = load_file(tmp_path / "before" / "adapter_model.safetensors")
+    pk.merge(model)
+    pk.save_adapter(model, tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    assert stored.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(stored[key], value), key
+    pk.unmerge(model)
+    pk.merge(model, restorable=False)
+    with pytest.raises(RuntimeError, match="the base bias was not kept"):
+        pk.save_adapter(model, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
+MALFORMED = {
+    "[1]": "the config is a list",
+    "{": "Expecting property name",
+    '{"target_modules": 5}': "target_modules is 5",
+    '{"target_modules": "("}': "is not a regular expression",
+    '{"alpha_pattern": [1]}': "alpha_pattern is",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_malformed_config_is_named(text, tmp_path):
+    injected(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{MALFORMED[text]}"):
+        pk.load_adapter(gpt2(), tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_cut_weights_file_is_named(size, tmp_path):
+    injected(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a whole safetensors file"):
+        pk.load_adapter(gpt2(), tmp_path)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from ..methods.adapters import configs, fused_layers, refuse_merged, register, t
 from ..methods.lora import Plan, carry_out, plan_injection
 from ..methods.lora_config import LoraConfig
 from ..methods.targets import is_all_linear, is_excluded, is_saved, matches, pattern_value, walk
+from ..nn.merging import unmerged_bias
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,6 +75,16 @@ def _require(model: nn.Module, adapter_name: str) -> LoraConfig:
     return present[adapter_name]
 
 
+def _to_store(model: nn.Module, bias: str, adapters: dict, copies: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """`_contents` as they are without merged adapters: a file that held a merged bias would count lora_bias twice."""
+    contents = _contents(model, bias, adapters, copies)
+    for name, layer in fused_layers(model):
+        key = f"{_PREFIX}{name}.base_layer.bias"
+        if key in contents:
+            contents[key] = unmerged_bias(layer)
+    return contents
+
+
 def _explicit_targets(model: nn.Module, config: LoraConfig, names: list[str]) -> list[str] | str:
     """ "all-linear" as names that choose the same modules wherever the file is read; a regex where names would not."""
     if not is_all_linear(config):
@@ -104,12 +116,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     Raises:
         ValueError: an adapter that was not injected, or whose scaling was changed by `set_scale` (the format has no
             place for it).
+        RuntimeError: a trained bias with a lora_bias merged into it by restorable=False.
     """
     config = _require(model, adapter_name)
     for name, layer in fused_layers(model):
         if adapter_name in layer.specs and layer.scaling[adapter_name] != layer.specs[adapter_name].scaling:
             raise ValueError(f"{name}: set_scale changed the scaling of {adapter_name!r}, which the format cannot hold")
     adapters, copies = _injected(model, adapter_name)
+    contents = _to_store(model, config.bias, adapters, copies)
     settings = {
         **config.to_dict(),
         "target_modules": _explicit_targets(model, config, list(adapters)),
@@ -120,7 +134,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
-    save_file(_own_storage(_contents(model, config.bias, adapters, copies)), weights, metadata={"format": "pt"})
+    save_file(_own_storage(contents), weights, metadata={"format": "pt"})
     text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     os.replace(weights, folder / WEIGHTS_FILE)
     os.replace(text, folder / CONFIG_FILE)
@@ -132,7 +146,14 @@ def _read(path: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
         if not (folder / name).is_file():
             there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
             raise FileNotFoundError(f"{folder} has no {name} (only safetensors is read); found: {there}")
-    return LoraConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text())), load_file(folder / WEIGHTS_FILE)
+    try:
+        config = LoraConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except ValueError as error:  # of the settings, JSON or UTF-8
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    try:
+        return config, load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from error
 
 
 def _check(contents: dict[str, Tensor], tensors: dict[str, Tensor], copies: dict, path) -> None:
@@ -182,7 +203,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: keys, shapes or settings that do not fit; all of them are listed.
+        ValueError: a file that cannot be read; keys, shapes or settings that do not fit, all of them listed.
         RuntimeError: adapters are merged.
     """
     refuse_merged(model, "load an adapter")

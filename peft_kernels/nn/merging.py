@@ -9,6 +9,19 @@ def _checked(merged: Tensor, what: str, names: list[str]) -> None:
         raise ValueError(f"the {what} merged with adapters {names} is not finite: nothing was changed")
 
 
+def unmerged_bias(layer: nn.Module) -> Tensor | None:
+    """The base bias as it is without adapters, also while some are merged.
+
+    Raises:
+        RuntimeError: a lora_bias was merged with restorable=False.
+    """
+    if not any(name in layer.lora_bias for name in layer.merged_adapters):
+        return layer.bias
+    if layer._base_copy is None:
+        raise RuntimeError("a lora_bias was merged with restorable=False: the base bias was not kept")
+    return layer._base_copy[1]
+
+
 def merged_tensors(layer: nn.Module, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of `layer` with adapters `names` added, in their own dtypes; bias None when it does not change.
 
