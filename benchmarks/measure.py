@@ -105,7 +105,7 @@ def time_cpu(contenders: Sequence[Contender], effort: Effort) -> dict[str, Timin
     gc.disable()
     try:
         for i in _rounds(effort):
-            first = i % len(contenders)
+            first = i % max(1, len(contenders))
             for j, contender in enumerate((*contenders[first:], *contenders[:first])):
                 begin = time.perf_counter()
                 contender.step(i * len(contenders) + j)

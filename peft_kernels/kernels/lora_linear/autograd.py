@@ -6,6 +6,8 @@ from torch import Tensor
 from . import op
 from .reference import drop_threshold, effective_scaling
 
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
 
 class _LoRALinear(torch.autograd.Function):
     """x is [M, K] here; leading dimensions are flattened by the caller."""
@@ -66,33 +68,53 @@ def _autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _expect(ok: bool, name: str, tensor: Tensor, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"lora_linear: {name} is {_describe(tensor)}; expected {expected}")
+def _refuse(name: str, tensor: Tensor, expected: str) -> None:
+    raise ValueError(f"lora_linear: {name} is {_describe(tensor)}; expected {expected}")
+
+
+def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in _DTYPES:
+        _refuse(name, tensor, "a floating dtype: float16, bfloat16, float32 or float64")
+    if tensor.device != device:
+        _refuse(name, tensor, f"the device of x, {device}")
 
 
 def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
-    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        _expect(tensor.dtype.is_floating_point, name, tensor, "a floating dtype")
-        _expect(tensor.device == x.device, name, tensor, f"the device of x, {x.device}")
-    _expect(x.dim() >= 1, "x", x, "at least one dimension, [..., K]")
+    # Each call pays for this: messages are made only where something is wrong.
+    device = x.device
+    _check_kind("x", x, device)
+    _check_kind("lora_a", lora_a, device)
+    _check_kind("lora_b", lora_b, device)
+    if x.dim() < 1:
+        _refuse("x", x, "at least one dimension, [..., K]")
     K = x.shape[-1]
-    _expect(lora_a.dim() == 2 and lora_a.shape[1] == K, "lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
+    if lora_a.dim() != 2 or lora_a.shape[1] != K:
+        _refuse("lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
     R = lora_a.shape[0]
-    _expect(R >= 1, "lora_a", lora_a, "a rank R of at least 1")
-    _expect(lora_b.dim() == 2 and lora_b.shape[1] == R, "lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
+    if R < 1:
+        _refuse("lora_a", lora_a, "a rank R of at least 1")
+    if lora_b.dim() != 2 or lora_b.shape[1] != R:
+        _refuse("lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
     N = lora_b.shape[0]
     if weight is not None:
-        _expect(tuple(weight.shape) == (N, K), "weight", weight, f"[{N}, {K}]")
-        fits = weight.dtype == x.dtype or _autocasts(x.device)
-        _expect(fits, "weight", weight, f"x's dtype, {x.dtype}")
+        _check_kind("weight", weight, device)
+        if weight.shape != (N, K):
+            _refuse("weight", weight, f"[{N}, {K}]")
+        if weight.dtype != x.dtype and not _autocasts(device):
+            _refuse("weight", weight, f"x's dtype, {x.dtype}")
     if bias is not None:
-        _expect(tuple(bias.shape) == (N,), "bias", bias, f"[{N}]")
+        _check_kind("bias", bias, device)
+        if bias.shape != (N,):
+            _refuse("bias", bias, f"[{N}]")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"lora_linear: dropout_p is {dropout_p}; expected a probability in [0, 1]")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K]; reshape(-1, K) would not know M where K is 0."""
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
 
 
 def lora_linear(
@@ -114,6 +136,7 @@ def lora_linear(
         scaling: factor of the low-rank product (lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA).
         bias: [N], any floating dtype, or None.
         dropout_p: probability of dropping an element of x on the low-rank branch, as `nn.Dropout`; rounded to 2**-16.
+            A dropped element counts as 0 even where x is inf or nan (`nn.Dropout` multiplies: inf * 0 is nan).
             The mask comes from the device's default generator, so `torch.manual_seed` and activation
             checkpointing reproduce it.
 
@@ -121,7 +144,8 @@ def lora_linear(
         [..., N] in x's dtype (the autocast dtype under autocast).
 
     Saved for backward: x (only if lora_a or weight trains), drop(x) @ lora_a.T [M, R] (only if lora_b trains)
-    and one bit per element of x with dropout. A second derivative raises RuntimeError.
+    and one bit per element of x with dropout. A second derivative raises RuntimeError; `torch.func` transforms are
+    not supported. The rank-sized intermediates are of x's dtype: in float16 scale the loss, as always in float16.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
@@ -134,5 +158,5 @@ def lora_linear(
     if threshold:
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, seed, scaling, threshold)
-    return y.view(*x.shape[:-1], lora_b.shape[0])
+    y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
