@@ -243,10 +243,8 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
 
 def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
     calls = []
-    names = ("floor", "ours", "peer")
-    contenders = [Contender(n, "peer", lambda i, n=n: calls.append((n, i))) for n in names]
+    contenders = [Contender(n, "peer", lambda i, n=n: calls.append((n, i))) for n in "abc"]
     measure.time_cpu(contenders, Effort(6, 0.0, 6))
-    timed = calls[2 * len(names) :]
+    timed = calls[6:]  # after two rounds of warm-up
     assert [i for _, i in timed] == list(range(18))
-    firsts = [name for name, _ in timed[:: len(names)]]
-    assert {name: firsts.count(name) for name in names} == dict.fromkeys(names, 2)
+    assert [name for name, _ in timed[::3]] == list("abcabc")
