@@ -1,7 +1,7 @@
 """Drives CMake for the compiled extensions; everything else about the package is in pyproject.toml.
 
-PEFT_KERNELS_BUILD: auto (default) | cpu | cpu,cuda | none. In auto a part that cannot be built is left out and the reason
-goes into peft_kernels/_build.json; a part that is named must build. PEFT_KERNELS_CUDA_ARCHS: e.g. "80;90a;100".
+PEFT_KERNELS_BUILD: auto (default) | cpu | cpu,cuda | none. In auto a part that cannot be built is left out and the
+reason goes into peft_kernels/_build.json; a part that is named must build. PEFT_KERNELS_CUDA_ARCHS: e.g. "80;90a;100".
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The C++ CPU kernels, for every instruction set this machine has: values, gradients, dropout, blocking edges, threads."""
+"""The C++ CPU kernels, for every instruction set here: values, gradients, dropout, blocking edges, threads."""
 
 import bounds
 import checks

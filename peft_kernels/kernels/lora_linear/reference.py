@@ -91,7 +91,7 @@ def lora_linear_fwd(
     scaling: float,
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward. Returns y [M, N], s [M, R] and mask (uint8 [M, ceil(K / 8)], or [0] without dropout), y and s in x's dtype.
+    """Forward. Returns y [M, N] and s [M, R] in x's dtype, and mask (uint8 [M, ceil(K / 8)], [0] without dropout).
 
     weight None leaves the base product out: y is the low-rank branch alone. lora_a and lora_b may be of another
     floating dtype than x: they are cast, x never is. bias may be of any floating dtype.
@@ -122,9 +122,10 @@ def lora_linear_bwd(
     need_dlora_b: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Backward. Returns dx [M, K] in dy's dtype, dlora_a [R, K] and dlora_b [N, R] in the adapters' dtypes, dbias [N] in fp32 (fp64 for fp64).
+    """Backward. Returns dx [M, K] in dy's dtype, dlora_a [R, K] and dlora_b [N, R] in the adapters' dtypes, and
+    dbias [N] in fp32 (fp64 for fp64).
 
-    What is not needed comes back as an empty [0] tensor. x may be None when dlora_a is not needed, s when dlora_b is not.
+    What is not needed comes back as an empty [0] tensor. x may be None without dlora_a, s without dlora_b.
     """
     a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
     dx, dlora_a, dlora_b, dbias = (dy.new_empty(0) for _ in range(4))
