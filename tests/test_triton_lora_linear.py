@@ -20,10 +20,14 @@ if INTERPRETED or torch.cuda.is_available():
     from triton_lora_linear_cases import *  # noqa: F403 - the tests themselves, collected here
 else:
     # triton reads TRITON_INTERPRET when a kernel is defined: too late in this process. Shards let xdist share the work.
-    SHARDS = ("test_values and k_extension and float32", "test_values and beta_one and float32",
-              "test_values and k_extension and not float32", "test_values and beta_one and not float32",
-              "test_small_tiles or long_sums",
-              "not test_values and not test_small_tiles and not long_sums")  # fmt: skip
+    SHARDS = (
+        "test_values and k_extension and float32",
+        "test_values and beta_one and float32",
+        "test_values and k_extension and not float32",
+        "test_values and beta_one and not float32",
+        "test_small_tiles or long_sums",
+        "not test_values and not test_small_tiles and not long_sums",
+    )
 
     @pytest.mark.parametrize("shard", SHARDS)
     def test_under_the_interpreter(shard):

@@ -99,9 +99,9 @@ def problem(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> str |
 
 
 def family(part: Part, itemsize: int) -> str:
-    """Parts whose matrix units want the same tiles: wgmma and tcgen05, mma.sync, MFMA, or none (exact fp32)."""
+    """Parts whose matrix units want the same tiles: wgmma and tcgen05, mma.sync, MFMA, or none (fp32)."""
     if itemsize == 4:
-        return "fp32"
+        return "mfma fp32" if part.arch == "gfx942" else "fp32"
     return {90: "wide", 100: "wide", "gfx942": "mfma"}.get(part.arch, "mma")
 
 
@@ -115,6 +115,7 @@ GEMM_TILES = {
     "mma": (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3), Tile(16, 64, 64, 4, 3)),
     "mfma": (Tile(128, 128, 32, 4, 2), Tile(64, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2)),
     "fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
+    "mfma fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
 
 # Tiles of the skinny passes, best first: (largest padded rank, tile). The widest that test_aot.py compiles to no spills
@@ -138,9 +139,14 @@ _PASS_TILES = {
         "bwd_da": ((128, Tile(64, 128, 0, 8, 2)),),
     },
     "fp32": {
-        "down": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 8, 2))),
+        "down": ((32, Tile(32, 64, 0, 4, 2)), (64, Tile(16, 32, 0, 8, 2)), (128, Tile(32, 32, 0, 8, 2))),
         "bwd_dy": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 4, 2))),
         "bwd_da": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(32, 32, 0, 8, 2))),
+    },
+    "mfma fp32": {
+        "down": ((64, Tile(32, 64, 0, 4, 2)), (128, Tile(32, 32, 0, 4, 2))),
+        "bwd_dy": ((32, Tile(32, 64, 0, 4, 2)), (128, Tile(16, 32, 0, 4, 2))),
+        "bwd_da": ((128, Tile(32, 64, 0, 4, 2)),),
     },
 }  # fmt: skip
 
