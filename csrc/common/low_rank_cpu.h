@@ -222,28 +222,23 @@ struct RankBlock {
   }
 };
 
-// One row of n = `width` or fewer results: out = (base ? out : 0) + (row * scale + bias). Summed before it is rounded.
+// One row of n = `width` or fewer results: out = row * scale + bias, rounded once.
 template <class K>
-static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, bool base,
-                              typename K::Store* out, int64_t n) {
-  typename K::Acc before[K::panel];
+static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, typename K::Store* out,
+                              int64_t n) {
   if (bias)
     for (int64_t j = 0; j < n; ++j) row[j] = row[j] * scale + bias[j];
   else
     for (int64_t j = 0; j < n; ++j) row[j] *= scale;
-  if (base) {
-    convert(before, out, n);
-    for (int64_t j = 0; j < n; ++j) row[j] += before[j];
-  }
   convert(out, row, n);
 }
 
-// Columns `range` of out[rows, J] (+)= factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
+// Columns `range` of out[rows, J] = factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
 template <class K>
 static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, Range range, double factor,
-                   const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, bool base, typename K::Store* out,
+                   const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, typename K::Store* out,
                    typename K::Acc* scratch) {
-  constexpr int64_t width = K::panel, height = 6, run = K::chain;
+  constexpr int64_t width = K::panel, height = 6, run = K::chain / K::pair;
   const int64_t steps = block.row_steps(), group = steps <= run ? height : rows;
   const auto scale = static_cast<typename K::Acc>(factor);
   for (int64_t j0 = range.begin; j0 < range.end; j0 += width) {
@@ -259,9 +254,9 @@ static void expand(const RankBlock<K>& block, int64_t rows, const typename K::St
         typename K::Store* to = out + (m + i) * J + j0;
         if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
         if (live == width)  // a constant for the compiler
-          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, width);
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, width);
         else
-          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, base, to, live);
+          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, live);
       }
     }
   }
@@ -287,7 +282,7 @@ class OuterSum {
   // Adds block[:, :height].T @ chunk [rows, cols] at column `col`.
   void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t chunk_ld,
            int64_t col, int64_t cols) {
-    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows;
+    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows / K::pair;
     for (int64_t j = 0; j < cols; j += K::panel)
       for (int64_t k = 0; k < steps; k += run)
         tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(

@@ -38,32 +38,32 @@ inline Tensor product(const Tensor& left, const Tensor& right, double factor) {
   return at::empty({left.size(0), right.size(1)}, left.options()).addmm_(left, right, 0, factor);
 }
 
-// out (+)= factor * left @ right: added to the base that is there, or written.
-inline void expand(Tensor& out, bool base, const Tensor& left, const Tensor& right, double factor) {
+// out (+)= factor * left @ right: added to what is there, or written.
+inline void expand(Tensor& out, bool add, const Tensor& left, const Tensor& right, double factor) {
   if (out.scalar_type() == left.scalar_type())
-    out.addmm_(left, right, base ? 1 : 0, factor);
-  else if (base)
+    out.addmm_(left, right, add ? 1 : 0, factor);
+  else if (add)
     out.add_(product(left, right, factor));
   else
     out.copy_(product(left, right, factor));
 }
 
-// y [M, N] holds x @ weight.T + bias if `base`; s [M, R] is written.
-inline void forward(const Tensor& x, const Tensor& a, const Tensor& b, double scaling, bool base, Tensor& y, Tensor& s) {
+// y [M, N] holds the bias if `biased`; s [M, R] is written.
+inline void forward(const Tensor& x, const Tensor& a, const Tensor& b, double scaling, bool biased, Tensor& y, Tensor& s) {
   const at::ScalarType wide = wide_dtype(x.scalar_type(), a, b);
   const Tensor rank = long_product(x.to(wide), a.to(wide).t());
-  expand(y, base, rank, b.to(wide).t(), scaling);
+  expand(y, biased, rank, b.to(wide).t(), scaling);
   s.copy_(rank);
 }
 
-// dx [M, K] holds dy @ weight if `base`; an undefined dx, x or s leaves out its gradient.
+// An undefined dx, x or s leaves out its gradient.
 inline void backward(const Tensor& dy, const Tensor& x, const Tensor& s, const Tensor& a, const Tensor& b, double scaling,
-                     bool base, Tensor& dx, Tensor& da, Tensor& db) {
+                     Tensor& dx, Tensor& da, Tensor& db) {
   const at::ScalarType wide = wide_dtype(dy.scalar_type(), a, b);
   const Tensor rows = dy.to(wide);
   if (dx.defined() || x.defined()) {
     const Tensor g = long_product(rows, b.to(wide));
-    if (dx.defined()) expand(dx, base, g, a.to(wide), scaling);
+    if (dx.defined()) expand(dx, false, g, a.to(wide), scaling);
     if (x.defined()) da = product(g.t(), x.to(wide), scaling).to(a.scalar_type());
   }
   if (s.defined()) db = product(rows.t(), s.to(wide), scaling).to(b.scalar_type());

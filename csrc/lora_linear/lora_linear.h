@@ -1,5 +1,5 @@
 // The low-rank half of the LoRA linear on a CPU: raw pointers, sizes and strides, no Torch.
-// The base products x @ weight.T and dy @ weight stay with the BLAS; what is made here is added to them.
+// The base products x @ weight.T and dy @ weight stay with the BLAS; they are added to what is written here.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,7 @@ struct LoraForward {
   Rows x, a, b;                  // x [M, K], a [R, K], b [N, R]
   const void* bias = nullptr;    // [N], fp32 (fp64 for f64), or null
   double scaling = 1.0;
-  void* y = nullptr;             // out [M, N]: scaling * s @ b.T + bias, added to what is there if `base`
-  bool base = false;
+  void* y = nullptr;             // out [M, N]: scaling * s @ b.T + bias
   void* s = nullptr;             // out [M, R]: drop(x) @ a.T
   uint8_t* mask = nullptr;       // out [M, ceil(K / 8)]; null means no dropout
   uint64_t seed = 0;
@@ -30,8 +29,7 @@ struct LoraBackward {
   Rows dy, x, a, b, s;           // dy [M, N]; x is read only for da, s only for db
   const uint8_t* mask = nullptr; // [M, ceil(K / 8)] or null
   double scaling = 1.0;
-  void* dx = nullptr;            // out [M, K]: scaling * drop(g @ a), added to what is there if `base`; null: not asked,
-  bool base = false;             // as for the others
+  void* dx = nullptr;            // out [M, K]: scaling * drop(g @ a); null: not asked, as for the others
   void* da = nullptr;            // out [R, K] of da_dtype
   void* db = nullptr;            // out [N, R] of db_dtype
   void* dbias = nullptr;         // out [N], fp32 (fp64 for f64)

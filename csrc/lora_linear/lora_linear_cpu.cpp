@@ -70,7 +70,7 @@ static void forward(const LoraForward& f) {
       const bool writes_s = !split.columns || split.id == 0;
       own.block.round_from(own.sum.finish(rows, split, shared.parts), own.sum.ld(), rows,
                            writes_s ? static_cast<Store*>(f.s) + m * f.R : nullptr);
-      expand<K>(own.block, rows, shared.bt, f.N, ns, f.scaling, static_cast<const typename K::Acc*>(f.bias), nullptr, 0, f.base,
+      expand<K>(own.block, rows, shared.bt, f.N, ns, f.scaling, static_cast<const typename K::Acc*>(f.bias), nullptr, 0,
                 static_cast<Store*>(f.y) + m * f.N, own.scratch);
     }
   }
@@ -204,7 +204,7 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
     if (!need_g) continue;
     own.g.round_from(own.g_sum.finish(rows, split, shared.g_parts), own.g_sum.ld(), rows, nullptr);
     if (f.dx)
-      expand<K>(own.g, rows, static_cast<Step*>(shared.a), f.K, ks, f.scaling, nullptr, mask, mask_ld, f.base,
+      expand<K>(own.g, rows, static_cast<Step*>(shared.a), f.K, ks, f.scaling, nullptr, mask, mask_ld,
                 static_cast<Store*>(f.dx) + m * f.K, own.scratch);
     for (int64_t k = ks.begin; k < ks.end && f.da; k += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, ks.end - k);

@@ -99,12 +99,12 @@ def lora_linear_fwd(
     M, K = x.shape
     mask = x.new_empty(0, dtype=torch.uint8) if seed is None else dropout_mask(seed, M, K, threshold)
     s = apply_mask(x, mask) @ lora_a.to(x.dtype).t()
-    delta = s @ lora_b.to(x.dtype).t()
-    if weight is None:
-        y = delta * scaling if bias is None else torch.add(bias.to(x.dtype), delta, alpha=scaling)
-    else:
-        base = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y = base.add_(delta, alpha=scaling)
+    y = (s @ lora_b.to(x.dtype).t()) * scaling
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    if weight is not None:
+        # The base comes last: added to a 16-bit base, a small delta would round away (tests/test_small_delta.py).
+        y = torch.addmm(y, x, weight.to(x.dtype).t())
     return y, s, mask
 
 
@@ -133,7 +133,9 @@ def lora_linear_bwd(
         g = dy @ b
     if need_dx:
         dx = apply_mask(g @ a, mask)
-        dx = dx * scaling if weight is None else torch.add(dy @ weight.to(dy.dtype), dx, alpha=scaling)
+        dx = dx * scaling
+        if weight is not None:
+            dx = torch.addmm(dx, dy, weight.to(dy.dtype))
     if need_dlora_a:
         dlora_a = ((g.t() @ apply_mask(x, mask)) * scaling).to(lora_a.dtype)
     if need_dlora_b:
