@@ -4,6 +4,7 @@ PEFT_KERNELS_BUILD: auto (default) | cpu | cpu,cuda | none. In auto a part that 
 reason goes into peft_kernels/_build.json; a part that is named must build. PEFT_KERNELS_CUDA_ARCHS: e.g. "80;90a;100".
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ print(json.dumps({
 """
 
 
+@functools.cache
 def torch_facts() -> dict:
     """Version and paths of the Torch to build against, {} without one.
 
@@ -104,9 +106,9 @@ class CMakeBuild(build_ext):
             "torch": torch.get("version"),
             "python": platform.python_version(),
             "platform": sysconfig.get_platform(),
+            "compiler": {part: self.compiler_name(part) for part in parts if EXTENSION[part] not in missing},
+            "missing": missing,
         }
-        facts["compiler"] = self.compiler_facts()
-        facts["missing"] = missing
         (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     def build_dir(self, part: str) -> Path:
@@ -142,19 +144,14 @@ class CMakeBuild(build_ext):
                 return (errors or [f"{command[0]} failed"])[0]
         return ""
 
-    def compiler_facts(self) -> dict:
-        """What CMake found, by part."""
+    def compiler_name(self, part: str) -> str:
+        """Name and version of the C++ compiler that CMake found."""
         found = {}
-        for part in EXTENSION:
-            for cache in self.build_dir(part).glob("CMakeFiles/*/CMakeCXXCompiler.cmake"):
-                values = dict(
-                    line[4:].rstrip(")").split(" ", 1)
-                    for line in cache.read_text().splitlines()
-                    if line.startswith("set(CMAKE_CXX_COMPILER")
-                )
-                names = (values.get(f"CMAKE_CXX_COMPILER_{key}", "").strip('"') for key in ("ID", "VERSION"))
-                found[part] = " ".join(names)
-        return found
+        for cache in self.build_dir(part).glob("CMakeFiles/*/CMakeCXXCompiler.cmake"):
+            for line in cache.read_text().splitlines():
+                name, _, value = line.removeprefix("set(").rstrip(")").partition(" ")
+                found[name] = value.strip('"')
+        return f"{found.get('CMAKE_CXX_COMPILER_ID')} {found.get('CMAKE_CXX_COMPILER_VERSION')}"
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "peft_kernels"
