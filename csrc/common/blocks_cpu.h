@@ -39,7 +39,7 @@ struct Kind {
   static constexpr int chain = 64;                     // terms summed one after the other before they join a longer sum
 };
 
-constexpr int64_t kBlockRows = 96;  // rows in flight; a multiple of every tile height
+constexpr int64_t kBlockRows = 288;  // rows in flight; a multiple of every tile height
 constexpr int64_t kChainRows = 48;  // rows summed in registers for an adapter gradient
 static_assert(kBlockRows % kChainRows == 0, "blocks are cut in chains");
 

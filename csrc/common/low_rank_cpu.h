@@ -25,7 +25,7 @@ static inline int team_size() { return 1; }
 
 constexpr int64_t kPackRun = 256;      // reduction rows packed per task
 constexpr int64_t kLongChain = 2048;   // terms after which a partial sum of s or g joins the total
-constexpr int64_t kLongBlocks = 16;    // the same for dA and dB, in blocks of rows
+constexpr int64_t kLongBlocks = 8;     // the same for dA and dB, in blocks of rows
 
 // The rank dimension as vector lanes: panels of 1 .. panel_vectors vectors.
 template <class K>
@@ -238,7 +238,7 @@ template <class K>
 static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, Range range, double factor,
                    const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, typename K::Store* out,
                    typename K::Acc* scratch) {
-  constexpr int64_t width = K::panel, height = 6, run = K::chain / K::pair;
+  constexpr int64_t width = K::panel, height = 6, run = K::chain;
   const int64_t steps = block.row_steps(), group = steps <= run ? height : rows;
   const auto scale = static_cast<typename K::Acc>(factor);
   for (int64_t j0 = range.begin; j0 < range.end; j0 += width) {
@@ -282,7 +282,7 @@ class OuterSum {
   // Adds block[:, :height].T @ chunk [rows, cols] at column `col`.
   void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t chunk_ld,
            int64_t col, int64_t cols) {
-    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows / K::pair;
+    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows;
     for (int64_t j = 0; j < cols; j += K::panel)
       for (int64_t k = 0; k < steps; k += run)
         tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(
