@@ -18,14 +18,14 @@ ISAS = _C.available_isas() if _C else []
 IMPL = Implementation("native", "cpu", op.lora_linear_fwd, op.lora_linear_bwd)
 
 EDGES = [
-    # Past one chunk of columns (256, bf16 512), one block of rows (96), one panel of ranks (64) and of columns.
+    # Past one chunk of columns (256, bf16 512), one block of rows (288), one panel of ranks (64) and of columns.
     Case(M, N, K, R, dtype, dropout=dropout)
     for dtype in DTYPES
     for M, N, K, R, dropout in (
-        (97, 513, 259, 65, 0.1),
+        (289, 513, 259, 65, 0.1),
         (191, 255, 1027, 257, 0.0),
         (7, 1, 33, 130, 0.5),
-        (193, 33, 1, 48, 0.0),
+        (577, 33, 1, 48, 0.0),
     )
 ]
 
@@ -84,7 +84,7 @@ def test_same_bits_every_run(isa, dtype):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_any_number_of_threads(isa, threads, count, dtype):
     threads(count)
-    for M in (0, 1, 23, 130):
+    for M in (0, 1, 23, 300):
         case = Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0)
         for check in checks.CHECKS:
             check(IMPL, case)
