@@ -10,7 +10,7 @@ import torch
 from lora_layers import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import bert, gpt2, ids, llama, nested
+from tiny_models import bert, gpt2, ids, llama, nested, outputs, train_a_little
 from torch import nn
 
 import peft_kernels as pk
@@ -36,18 +36,6 @@ CASES = {
     "gpt2-bias-lora": (gpt2, {"target_modules": ["c_fc"], "bias": "lora_only", "layers_to_transform": [1]}),
     "bert-head": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS", "bias": "all", "lora_bias": True}),
 }
-
-
-def outputs(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return model.eval()(tokens).logits.detach()
-
-
-def train_a_little(model: nn.Module) -> None:
-    """As training would: every parameter that trains moves by something of order 0.3."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
 def assert_same_logits(ours: nn.Module, theirs: nn.Module, base: nn.Module) -> None:

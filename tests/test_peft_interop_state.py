@@ -5,22 +5,11 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import gpt2, ids, llama
+from tiny_models import gpt2, ids, llama, outputs, train_a_little
 from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.methods.adapters import configs, fused_layers, trainable_copies
-
-
-def outputs(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return model.eval()(tokens).logits.detach()
-
-
-def train_a_little(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
 def injected(path, base: nn.Module | None = None, **settings) -> nn.Module:

@@ -31,3 +31,15 @@ def nested() -> nn.Module:
 
 def ids(vocabulary: int = 40) -> torch.Tensor:
     return torch.randint(vocabulary, (2, 7))
+
+
+def outputs(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return model.eval()(tokens).logits.detach()
+
+
+def train_a_little(model: nn.Module) -> None:
+    """As training would: every parameter that trains moves by something of order 0.3."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
