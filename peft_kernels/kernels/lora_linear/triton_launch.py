@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._shared.launch import launch
 from .._shared.sums import sum_parts
 from .configs import Config
 from .reference import PHILOX_ROUNDS
@@ -59,15 +60,17 @@ def down(x: Tensor, a: Tensor, tile: Tile, seed: Tensor | None = None, threshold
     s = x.new_empty(M, R)
     mask = x.new_empty((0,) if seed is None else (M, triton.cdiv(K, 8)), dtype=torch.uint8)
     out = s if splits == 1 else x.new_empty((splits, M, R), dtype=torch.float32)
-    _lora_down_kernel[triton.cdiv(M, tile.block_m), splits, triton.cdiv(R, block_r)](
-        x, a, x if seed is None else seed, out, mask,
-        M, K, R, *x.stride(), *a.stride(), threshold, tile.span,
+    constants = dict(
         HAS_DROPOUT=seed is not None, ROUNDS=PHILOX_ROUNDS, PRECISION=precision(x.dtype), FLUSH=flush_steps(x.dtype),
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    launch(
+        _lora_down_kernel, (triton.cdiv(M, tile.block_m), splits, triton.cdiv(R, block_r)),
+        (x, a, x if seed is None else seed, out, mask), (M, K, R, *x.stride(), *a.stride(), threshold, tile.span),
+        constants, tile.num_warps, tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        sum_parts(out, s)
+        sum_parts((out, s, 1.0))
     return s, mask
 
 
@@ -103,14 +106,17 @@ def gemm(
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
     block_r = gemm_rank_block(R, low.element_size())
     has_mask = mask is not None and mask.numel() > 0
-    _lora_gemm_kernel[(min(tiles, _sm_count(low.device)) if has_base else tiles,)](
-        args[0], args[1], low, t, mask if has_mask else low, low if bias is None else bias, args[2],
-        float(alpha), M, N, p.shape[1], R, *p.stride(), *q.stride(), *t.stride(), c.stride(0),
+    constants = dict(
         HAS_BASE=has_base, HAS_BIAS=bias is not None, HAS_MASK=has_mask, Q_TRANSPOSED=q_transposed,
         DESCRIPTORS=descriptors, PRECISION=precision(low.dtype), FLUSH=flush_steps(low.dtype),
         DTYPE=TL_DTYPES[low.dtype], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=block_r,
         R_BLOCKS=triton.cdiv(R, block_r), GROUP_M=tile.group_m, SUBTILES=tile.subtiles,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    launch(
+        _lora_gemm_kernel, (min(tiles, _sm_count(low.device)) if has_base else tiles, 1, 1),
+        (args[0], args[1], low, t, mask if has_mask else low, low if bias is None else bias, args[2]),
+        (float(alpha), M, N, p.shape[1], R, *p.stride(), *q.stride(), *t.stride(), c.stride(0)),
+        constants, tile.num_warps, tile.num_stages,
     )  # fmt: skip
     return c
 
@@ -129,16 +135,24 @@ def dy_pass(
     g_parts = buffer(need_g, col_parts, M, R)
     db_parts = buffer(s is not None, row_parts, N, R)
     dbias_parts = buffer(need_dbias, row_parts, N)
-    _lora_bwd_dy_kernel[row_parts, col_parts](
-        dy, lora_b, dy if s is None else s, g_parts, db_parts, dbias_parts,
-        M, N, R, *dy.stride(), *lora_b.stride(), tile.span,
+    constants = dict(
         NEED_G=need_g, NEED_DB=s is not None, NEED_DBIAS=need_dbias, PRECISION=precision(dy.dtype),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=pass_rank_block(R) if need_g or s is not None else 16,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    g = sum_parts(g_parts, dy.new_empty(M, R)) if need_g else None
-    dlora_b = None if s is None else sum_parts(db_parts, lora_b.new_empty(N, R), scaling)
-    dbias = sum_parts(dbias_parts, buffer(True, 1, N)).view(N) if need_dbias else None
+    launch(
+        _lora_bwd_dy_kernel, (row_parts, col_parts, 1),
+        (dy, lora_b, dy if s is None else s, g_parts, db_parts, dbias_parts),
+        (M, N, R, *dy.stride(), *lora_b.stride(), tile.span),
+        constants, tile.num_warps, tile.num_stages,
+    )  # fmt: skip
+    g = dy.new_empty(M, R) if need_g else None
+    dlora_b = None if s is None else lora_b.new_empty(N, R)
+    jobs = [(g_parts, g, 1.0)] if need_g else []
+    sum_parts(*jobs, *([] if s is None else [(db_parts, dlora_b, scaling)]))
+    dbias = None
+    if need_dbias:
+        dbias = buffer(True, N)
+        sum_parts((dbias_parts, dbias[None], 1.0))
     return g, dlora_b, dbias
 
 
@@ -150,11 +164,14 @@ def outer(x: Tensor, g: Tensor, scaling: float, tile: Tile, out: Tensor, mask: T
     splits = triton.cdiv(M, tile.span)
     parts = x.new_empty((splits, R, K), dtype=torch.float32)
     has_mask = mask is not None and mask.numel() > 0
-    _lora_bwd_da_kernel[triton.cdiv(K, tile.block_n), splits, triton.cdiv(R, block_r)](
-        x, g, mask if has_mask else x, parts,
-        M, K, R, *x.stride(), *parts.stride(), tile.span,
+    constants = dict(
         HAS_MASK=has_mask, PRECISION=precision(x.dtype),
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_n, BLOCK_R=block_r,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return sum_parts(parts, out, scaling)
+    launch(
+        _lora_bwd_da_kernel, (triton.cdiv(K, tile.block_n), splits, triton.cdiv(R, block_r)),
+        (x, g, mask if has_mask else x, parts), (M, K, R, *x.stride(), *parts.stride(), tile.span),
+        constants, tile.num_warps, tile.num_stages,
+    )  # fmt: skip
+    sum_parts((parts, out, scaling))
+    return out
