@@ -145,20 +145,22 @@ def test_every_gemm_tile_of_the_table(arch, monkeypatch):
     """The tiles that smaller shapes take: forward and masked dx, with and without a base product."""
     part = PARTS[arch]
     for tile in GEMM_TILES[family(part, 2)]:
-        assert problem("gemm", tile, 64, 2, part) is None, f"{tile} does not fit {part.name}"
-        call = Call("tile", 64, dropout=True, plan=(("path", "k_extension"), ("gemm", tile)))
+        fitting = [R for R in (64, 32, 16) if problem("gemm", tile, R, 2, part) is None]
+        assert fitting, f"{tile} does not fit {part.name} at any rank"
+        R = fitting[0]
+        call = Call("tile", R, dropout=True, plan=(("path", "k_extension"), ("gemm", tile)))
         launches = [x for x in record(call, arch, monkeypatch) if x.kernel.__name__ == "_lora_gemm_kernel"]
         for launch in launches:
             compiled = aot.compile_launch(launch, arch)
             _check_limits(compiled, part, str(tile))
-            assert compiled.shared <= shared_bytes("gemm", tile, 64, 2, part), tile
+            assert compiled.shared <= shared_bytes("gemm", tile, R, 2, part), tile
 
 
 def test_the_tile_that_research_found_too_large_is_rejected():
     """128x256x64 with 3 stages and an unsplit store at r = 64 takes 245,784 bytes, over Hopper's 232,448."""
     part = PARTS[90]
-    tile = GEMM_TILES["wide"][0]
-    whole = type(tile)(128, 256, 64, 8, 3, subtiles=1)
+    whole, halves = GEMM_TILES["wide"][:2]
+    assert (whole.subtiles, halves.subtiles) == (1, 2)
     assert problem("gemm", whole, 16, 2, part) is None
     assert "shared memory" in problem("gemm", whole, 64, 2, part)
-    assert problem("gemm", tile, 64, 2, part) is None
+    assert problem("gemm", halves, 64, 2, part) is None

@@ -107,6 +107,7 @@ def family(part: Part, itemsize: int) -> str:
 
 GEMM_TILES = {
     "wide": (
+        Tile(128, 256, 64, 8, 3),
         Tile(128, 256, 64, 8, 3, subtiles=2),
         Tile(128, 128, 64, 4, 4, subtiles=2),
         Tile(64, 64, 64, 4, 3),
@@ -122,10 +123,9 @@ GEMM_TILES = {
 # at that rank with and without dropout; the span is set per shape.
 _PASS_TILES = {
     "wide": {
-        "down": ((128, Tile(64, 128, 0, 8, 3)),),
-        "bwd_dy": ((16, Tile(64, 512, 0, 8, 3)), (64, Tile(64, 256, 0, 8, 3)),
-                   (128, Tile(32, 128, 0, 8, 3))),
-        "bwd_da": ((64, Tile(64, 256, 0, 8, 3)), (128, Tile(64, 128, 0, 8, 3))),
+        "down": ((64, Tile(64, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 3))),
+        "bwd_dy": ((64, Tile(64, 256, 0, 8, 3)), (128, Tile(32, 128, 0, 8, 3))),
+        "bwd_da": ((64, Tile(64, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 3))),
     },
     "mma": {
         "down": ((64, Tile(64, 128, 0, 8, 3)), (128, Tile(64, 64, 0, 8, 3))),
