@@ -63,9 +63,14 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocasts(device: torch.device) -> bool:
     # Asked of a device without autocast, such as meta, is_autocast_enabled raises.
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _refuse(name: str, tensor: Tensor, expected: str) -> None:
