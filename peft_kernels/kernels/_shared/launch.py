@@ -1,54 +1,69 @@
 """Launching Triton kernels from Python at the cost of a dictionary look-up instead of a specialisation per argument."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_MOST_ENTRIES = 4096  # every new batch size makes one entry per kernel; the compiled code itself is Triton's to keep
+_MOST_KINDS = 256  # per plan; what was compiled is kept by Triton, so forgetting costs one slow launch
 _SMALL_STORAGE = 2**31  # bytes: on AMD Triton compiles smaller tensors to 32-bit offsets
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b); triton.cdiv costs 1.3 us of the host a call, as much as an allocation."""
+    return -(-a // b)
 
 
-def _kind(tensor: torch.Tensor | TensorDescriptor) -> tuple:
-    """What Triton compiles a pointer for: its dtype, whether it is 16-byte aligned and, on AMD, its size."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One kernel at one shape: its grid and constants, and the compiled code of every kind of arguments seen."""
+
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    compiled: dict[tuple, tuple[Any, tuple]] = field(default_factory=dict)
+
+
+def _kind(tensor: Tensor | TensorDescriptor) -> tuple | torch.dtype:
+    """What Triton compiles an argument for: its dtype, whether it is 16-byte aligned and, on AMD, its size."""
     if isinstance(tensor, TensorDescriptor):
         return tensor.base.dtype, tuple(tensor.block_shape)
-    aligned = tensor.data_ptr() % 16 == 0
     if torch.version.hip:
-        return tensor.dtype, aligned, tensor.untyped_storage().nbytes() < _SMALL_STORAGE
-    return tensor.dtype, aligned
+        return tensor.dtype, tensor.data_ptr() % 16, tensor.untyped_storage().nbytes() < _SMALL_STORAGE
+    return tensor.dtype if tensor.data_ptr() % 16 == 0 else (tensor.dtype, False)
 
 
 def launch(
     kernel,
-    grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor | TensorDescriptor, ...],
+    plan: Plan,
+    inputs: tuple[Tensor | TensorDescriptor, ...],
+    outputs: tuple[Tensor | TensorDescriptor, ...],
     scalars: tuple[int | float, ...],
-    constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
 ) -> None:
-    """Run kernel[grid](*tensors, *scalars, **constants): the kernel's parameters stand in this order.
+    """Run kernel[plan.grid](*inputs, *outputs, *scalars, **plan.constants): its parameters stand in this order.
 
-    Triton specialises every argument of every call anew, which costs more than many of the kernels run for: 46 us of
-    the host for 17 arguments beside an H100. Here the first call of a kind does that, and what it compiled is kept under
-    all that Triton specialises on: devices, dtypes, alignment and the very values of scalars and constants. Under
-    Triton's interpreter nothing is compiled, so nothing is kept.
+    Triton specialises every argument of every call anew, which takes longer than many kernels run: 46 us of the host
+    for 17 arguments beside an H100. Here the first call of a kind does that, and what it compiled is kept under all
+    that Triton specialises on: the device, dtypes, alignment and the very values of the scalars. `outputs` are new
+    memory, which is always aligned, of dtypes that the plan's maker took into account. Under Triton's interpreter
+    nothing is compiled, so nothing is kept.
     """
-    device = getattr(tensors[-1], "base", tensors[-1]).device
-    kinds = tuple(map(_kind, tensors))
-    key = (kernel, device, kinds, scalars, tuple(constants.values()), num_warps, num_stages)
-    found = _compiled.get(key)
+    device = inputs[-1].get_device()
+    key = (kernel, device, scalars, *map(_kind, inputs), *(map(_kind, outputs) if torch.version.hip else ()))
+    found = plan.compiled.get(key)
     if found is not None:
         compiled, values = found
-        compiled[grid](*tensors, *scalars, *values)
+        compiled[plan.grid](*inputs, *outputs, *scalars, *values)
         return
-    compiled = kernel[grid](*tensors, *scalars, **constants, num_warps=num_warps, num_stages=num_stages)
-    if compiled is not None and device.type == "cuda":
-        if len(_compiled) >= _MOST_ENTRIES:
-            _compiled.clear()
+    compiled = kernel[plan.grid](
+        *inputs, *outputs, *scalars, **plan.constants, num_warps=plan.num_warps, num_stages=plan.num_stages
+    )
+    if compiled is not None and device >= 0:
+        if len(plan.compiled) >= _MOST_KINDS:
+            plan.compiled.clear()
         # A compiled kernel takes its constants by position.
-        names = [name for name in kernel.arg_names if name in constants]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
+        names = [name for name in kernel.arg_names if name in plan.constants]
+        plan.compiled[key] = compiled, tuple(plan.constants[name] for name in names)

@@ -1,9 +1,11 @@
 """Sums in a fixed order: partial buffers without atomics, and long accumulations broken into blocks."""
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import Plan, cdiv, launch
 
 _BLOCK = 256  # elements that one program sums
 
@@ -31,7 +33,7 @@ def _sum_block(parts_ptr, out_ptr, parts, size, cols, stride_or, stride_oc, alph
 
 @triton.jit
 def _sum_parts_kernel(
-    a_ptr, a_out_ptr, b_ptr, b_out_ptr,
+    a_ptr, b_ptr, a_out_ptr, b_out_ptr,
     a_parts, a_size, a_cols, a_stride_or, a_stride_oc, a_alpha,
     b_parts, b_size, b_cols, b_stride_or, b_stride_oc, b_alpha,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,16 +47,24 @@ def _sum_parts_kernel(
         _sum_block(b_ptr, b_out_ptr, b_parts, b_size, b_cols, b_stride_or, b_stride_oc, b_alpha, block, BLOCK_P, BLOCK)
 
 
-def sum_parts(*jobs):
-    """One or two jobs (parts, out, alpha): parts [P, rows, cols] fp32 contiguous -> out [rows, cols] of any dtype and
-    strides = alpha * parts.sum(0), in a fixed order and one launch."""
-    jobs = [job for job in jobs if job[1].numel()]
+@lru_cache(maxsize=4096)
+def _plan(blocks: int, *_dtypes) -> Plan:
+    return Plan((blocks, 1, 1), {"BLOCK_P": 8, "BLOCK": _BLOCK})
+
+
+def sum_parts(parts, out, alpha=1.0, second=None):
+    """parts [P, rows, cols] fp32 contiguous -> out [rows, cols] of any dtype and strides = alpha * parts.sum(0), in a
+    fixed order. `second` is one more (parts, out, alpha) for the same launch. Returns out."""
+    jobs = [job for job in ((parts, out, alpha), second) if job is not None and job[1].numel()]
     if not jobs:
-        return
-    first, second = (jobs * 2)[:2]
-    blocks = sum(triton.cdiv(out.numel(), _BLOCK) for _, out, _ in jobs)
-    scalars = []
-    for parts, out, alpha in (first, second):
-        scalars += [parts.shape[0], out.numel(), out.shape[1], *out.stride(), float(alpha)]
-    tensors = (first[0], first[1], second[0], second[1])
-    launch(_sum_parts_kernel, (blocks, 1, 1), tensors, tuple(scalars), {"BLOCK_P": 8, "BLOCK": _BLOCK}, 4, 3)
+        return out
+    blocks, scalars = 0, ()
+    for job_parts, job_out, job_alpha in jobs:
+        size = job_out.numel()
+        blocks += cdiv(size, _BLOCK)
+        scalars += (job_parts.shape[0], size, job_out.shape[1], *job_out.stride(), float(job_alpha))
+    a, b = jobs[0], jobs[-1]
+    scalars = scalars if len(jobs) == 2 else 2 * scalars
+    plan = _plan(blocks, a[1].dtype, b[1].dtype)
+    launch(_sum_parts_kernel, plan, (a[0], b[0]), (a[1], b[1]), scalars)
+    return out
