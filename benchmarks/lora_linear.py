@@ -108,7 +108,7 @@ def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Bu
     owner = OWNERS["lora_linear_fwd", device.upper()]
     if owner != "triton":
         return [(_OURS, "ours", owner, "", ours())]
-    picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch_here())
+    picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch_here(), case.dropout > 0)
     source = "measured" if picked.measured else "model"
     found = [(_OURS, "ours", f"triton {picked.path} (chosen: {source})", "", ours())]
     for path in configs.PATHS:

@@ -27,7 +27,7 @@ Clock = Callable[[Sequence[Config]], list[float | None]]
 
 
 def _tiles(kernel: str, case: LoRACase, arch: int | str) -> tuple:
-    return candidates(kernel, min(case.R, MAX_PASS_RANK), case.dtype.itemsize, nearest_part(arch)[0])
+    return candidates(kernel, min(case.R, MAX_PASS_RANK), case.dtype.itemsize, nearest_part(arch)[0], case.dropout > 0)
 
 
 def gemm_choices(base: Config, case: LoRACase, arch: int | str) -> list[Config]:
@@ -62,7 +62,7 @@ def best_config(base: Config, case: LoRACase, arch: int | str, clock: Clock) -> 
 
 def row(config: Config, case: LoRACase, arch: int | str, measured: str) -> dict:
     """A row of the file that PEFT_KERNELS_CONFIGS names."""
-    shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R}
+    shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R, "dropout": case.dropout > 0}
     dtype = str(case.dtype).removeprefix("torch.")
     return {"arch": nearest_part(arch)[0].arch, "dtype": dtype, **shape, **asdict(replace(config, measured=measured))}
 
@@ -106,13 +106,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     arch = arch_here()
-    chosen = [case for case in cases.PRIMITIVES[options.primitive].suites["gpu"] if not case.dropout]
+    chosen = list(cases.PRIMITIVES[options.primitive].suites["gpu"])
     chosen = cases.quick(chosen) if options.quick else chosen
     env = environment.environment("cuda")
     measured = f"{env['device']}, {env['date'][:10]}, triton {env['triton']}, commit {env['commit']}"
     found = []
     for case in tqdm(chosen, unit="case", dynamic_ncols=True):
-        base = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch)
+        base = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch, case.dropout > 0)
         config, ms = best_config(base, case, arch, cuda_clock(case, measure.Effort(10, 0.5, 50)))
         tqdm.write(f"{case.label}: {ms} ms with {config}")
         found.append(row(config, case, arch, measured))

@@ -83,7 +83,7 @@ def _check_limits(compiled: aot.Compiled, part: Part, what: str) -> None:
 
 def _check_estimate(launch: aot.Launch, compiled: aot.Compiled, call: Call, part: Part, what: str) -> None:
     kernel, keys = KERNEL_NAMES[launch.kernel.__name__], launch.keywords
-    config = pick_config(M, N, K, call.R, call.dtype, part.arch)
+    config = pick_config(M, N, K, call.R, call.dtype, part.arch, call.dropout)
     tile = getattr(config, kernel)
     if kernel == "gemm" and not keys["HAS_BASE"]:
         return

@@ -238,7 +238,7 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([tune.row(best, case, 90, "planted, today")]))
     ((key, ((M, config),)),) = configs.read_tuned(str(path)).items()
-    assert key == (90, "bfloat16", 4096, 4096, 64) and M == 8192 and config == replace(best, measured="planted, today")
+    assert key == (90, "bfloat16", 4096, 4096, 64, False) and M == 8192 and config == replace(best, measured="planted, today")
 
 
 def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():

@@ -113,7 +113,8 @@ def _row(**changes) -> dict:
     config = pick_config(*H100)
     return {
         **asdict(config),
-        **{"arch": 90, "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "R": 16, "measured": "H100, 2026-01-01"},
+        **{"arch": 90, "dtype": "bfloat16", "M": 8192, "N": 4096, "K": 4096, "R": 16, "dropout": False},
+        "measured": "H100, 2026-01-01",
         **changes,
     }
 
@@ -132,6 +133,14 @@ def test_measured_rows_come_first_and_the_nearest_rows_win(tmp_path, monkeypatch
     assert isinstance(small, Config) and isinstance(small.gemm, Tile) and small.path == "k_extension"
     assert explain(*H100)["source"] == "measured: H100, 2026-01-01"
     assert pick_config(100, 4096, 4096, 32, torch.bfloat16, 90).measured is None
+    assert pick_config(100, 4096, 4096, 16, torch.bfloat16, 90, dropout=True).measured is None
+
+
+def test_a_mask_is_drawn_and_applied_in_its_own_tiles():
+    plain, masked = (pick_config(*H100, dropout=dropout) for dropout in (False, True))
+    assert masked.down != plain.down and masked.bwd_da != plain.bwd_da
+    assert (masked.gemm, masked.bwd_dy, masked.path) == (plain.gemm, plain.bwd_dy, plain.path)
+    assert pick_config(*H100[:-1], 80, dropout=True).down == pick_config(*H100[:-1], 80).down
 
 
 @pytest.mark.parametrize(

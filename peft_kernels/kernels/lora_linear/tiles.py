@@ -126,6 +126,8 @@ _PASS_TILES = {
         "down": ((64, Tile(64, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 3))),
         "bwd_dy": ((64, Tile(64, 256, 0, 8, 3)), (128, Tile(32, 128, 0, 8, 3))),
         "bwd_da": ((64, Tile(64, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 3))),
+        "down, dropout": ((16, Tile(16, 256, 0, 4, 4)), (64, Tile(32, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 3))),
+        "bwd_da, dropout": ((128, Tile(64, 128, 0, 8, 3)),),
     },
     "mma": {
         "down": ((64, Tile(64, 128, 0, 8, 3)), (128, Tile(64, 64, 0, 8, 3))),
@@ -151,14 +153,17 @@ _PASS_TILES = {
 }  # fmt: skip
 
 
-def candidates(kernel: str, R: int, itemsize: int, part: Part) -> tuple[Tile, ...]:
-    """The tiles of the table that fit a kernel at rank R on a part, best first."""
+def candidates(kernel: str, R: int, itemsize: int, part: Part, dropout: bool = False) -> tuple[Tile, ...]:
+    """The tiles of the table that fit a kernel at rank R on a part, best first. Drawing a mask or applying it is work
+    that other tiles spread better: where a part has such rows, `dropout` takes them."""
     if kernel == "gemm":
         tiles = GEMM_TILES[family(part, itemsize)]
     else:
+        table = _PASS_TILES[family(part, itemsize)]
+        rows = table.get(f"{kernel}, dropout", table[kernel]) if dropout else table[kernel]
         tiles = tuple(
             replace(tile, span=tile.block_n if kernel == "down" else tile.block_m)
-            for widest, tile in _PASS_TILES[family(part, itemsize)][kernel]
+            for widest, tile in rows
             if widest >= pass_rank_block(R)
         )
     return tuple(tile for tile in tiles if problem(kernel, tile, R, itemsize, part) is None)

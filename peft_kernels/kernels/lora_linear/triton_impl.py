@@ -7,8 +7,8 @@ from .configs import Config, pick_config
 from .triton_launch import TL_DTYPES, arch_of, down, dy_pass, gemm, outer
 
 
-def _config(M: int, N: int, K: int, R: int, like: Tensor) -> Config:
-    return pick_config(M, N, K, R, like.dtype, arch_of(like.device))
+def _config(M: int, N: int, K: int, R: int, like: Tensor, dropout: bool) -> Config:
+    return pick_config(M, N, K, R, like.dtype, arch_of(like.device), dropout)
 
 
 def lora_linear_fwd(
@@ -30,7 +30,7 @@ def lora_linear_fwd(
     (M, K), N, R = x.shape, lora_b.shape[0], lora_a.shape[0]
     if M == 0 or N == 0 or K == 0:
         return reference.lora_linear_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, threshold)
-    config = _config(M, N, K, R, x)
+    config = _config(M, N, K, R, x, seed is not None)
     bias = None if bias is None else bias.contiguous()
     s, mask = down(x, lora_a, config.down, seed, threshold)
     if weight is None:
@@ -61,7 +61,7 @@ def lora_linear_bwd(
     needed = (need_dx, need_dlora_a, need_dlora_b, need_dbias)
     if dy.dtype not in TL_DTYPES or M == 0 or N == 0 or K == 0:
         return reference.lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, mask, scaling, *needed)
-    config = _config(M, N, K, R, dy)
+    config = _config(M, N, K, R, dy, mask.numel() > 0)
     s = s.contiguous() if need_dlora_b else None
     need_g = need_dx or need_dlora_a
     g, dlora_b, dbias = _from_dy(dy, lora_b, s, scaling, config, need_g, need_dbias)
@@ -115,7 +115,7 @@ def lora_linear_fwd_workspace(x, weight, lora_a, lora_b, bias, seed, scaling, th
     (M, K), N, R = x.shape, lora_b.shape[0], lora_a.shape[0]
     if x.dtype not in TL_DTYPES or 0 in (M, N, K):
         return 0
-    tile = _config(M, N, K, R, x).down
+    tile = _config(M, N, K, R, x, seed is not None).down
     parts = _parts_bytes(K, tile.span, M * R) if tile.span < K else 0
     return max(parts, _cast_bytes(weight, x))
 
@@ -127,7 +127,7 @@ def lora_linear_bwd_workspace(
     (M, N), (R, K) = dy.shape, lora_a.shape
     if dy.dtype not in TL_DTYPES or 0 in (M, N, K):
         return 0
-    config = _config(M, N, K, R, dy)
+    config = _config(M, N, K, R, dy, mask.numel() > 0)
     need_g = need_dx or need_dlora_a
     dbias = need_dbias * _parts_bytes(M, config.bwd_dy.span, N)
     if config.dy_passes == 1:
