@@ -52,6 +52,9 @@ def launch(
     nothing is compiled, so nothing is kept.
     """
     device = inputs[-1].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments live on
+            return launch(kernel, plan, inputs, outputs, scalars)
     key = (kernel, device, scalars, *map(_kind, inputs), *(map(_kind, outputs) if torch.version.hip else ()))
     found = plan.compiled.get(key)
     if found is not None:
