@@ -228,9 +228,8 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
     target = tune.gemm_choices(base, case, 90)[-1]
 
     def clock(tried):
-        return [
-            None if one.path != target.path else 1.0 + (one.gemm != target.gemm) + one.down.span / 1e6 for one in tried
-        ]
+        cost = [1.0 + (one.gemm != target.gemm) + one.down.span / 1e6 for one in tried]
+        return [ms if one.path == target.path else None for one, ms in zip(tried, cost, strict=True)]
 
     best, ms = tune.best_config(base, case, 90, clock)
     assert (best.path, best.gemm) == (target.path, target.gemm) and math.isfinite(ms)
@@ -238,7 +237,8 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
     path = tmp_path / "configs.json"
     path.write_text(json.dumps([tune.row(best, case, 90, "planted, today")]))
     ((key, ((M, config),)),) = configs.read_tuned(str(path)).items()
-    assert key == (90, "bfloat16", 4096, 4096, 64, False) and M == 8192 and config == replace(best, measured="planted, today")
+    expected = (90, "bfloat16", 4096, 4096, 64, False), 8192, replace(best, measured="planted, today")
+    assert (key, M, config) == expected
 
 
 def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
