@@ -1,7 +1,8 @@
 """The LoRA linear's contenders: the frozen floor, ours, HF PEFT as its users call it, and the plain composition."""
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_kernels as pk
+from peft_kernels._core import native
 from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.lora_linear import configs
+from peft_kernels.kernels.lora_linear.op import general_because
 
 from .environment import version
 from .lora_linear_check import SCALING, Build, Inputs, Layer, LoRACase, make_inputs, step, value_errors
@@ -103,11 +106,34 @@ def arch_here() -> int | str:
     return 10 * major + minor
 
 
+@contextlib.contextmanager
+def general_kernels() -> Iterator[None]:
+    """Inside, the CUDA extension hands every call on to the Triton kernels."""
+    native.EXTENSIONS["_C_cuda"].enable_hopper(False)
+    try:
+        yield
+    finally:
+        native.EXTENSIONS["_C_cuda"].enable_hopper(True)
+
+
+def _taken(case: LoRACase) -> bool:
+    x, weight, lora_a, lora_b = (
+        torch.empty(shape, dtype=case.dtype, device="cuda")
+        for shape in ((1, case.K), (case.N, case.K), (case.R, case.K), (case.N, case.R))
+    )
+    return general_because(x, weight, lora_a, lora_b) == ""
+
+
 def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]]:
-    """Ours by its default choice and, where Triton owns the op, by each GEMM path by name."""
+    """Ours by its default choice and, on a GPU with Triton, by its kernels alone and by each GEMM path by name."""
     owner = OWNERS["lora_linear_fwd", device.upper()]
-    if owner != "triton":
+    if device != "cuda" or not native.HAS_TRITON:
         return [(_OURS, "ours", owner, "", ours())]
+    if owner == "native":
+        return [
+            (_OURS, "ours", "CUDA C++ (Hopper)" if _taken(case) else "general", "", ours()),
+            (f"{_OURS}, Triton", "ours", "triton", "", ours(within=general_kernels)),
+        ]
     picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch_here(), case.dropout > 0)
     source = "measured" if picked.measured else "model"
     found = [(_OURS, "ours", f"triton {picked.path} (chosen: {source})", "", ours())]

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8", torch.int64: "i64",
@@ -50,9 +50,9 @@ def _read_cubin(cubin: bytes) -> tuple[str, int, int]:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
-        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
     text = usage.stdout + usage.stderr
     registers = int(re.search(r"REG:(\d+)", text).group(1))
     local = len(re.findall(r"\b(?:LDL|STL)\b", sass.stdout))

@@ -166,6 +166,25 @@ def _features(dtype: torch.dtype) -> list[Case]:
 VALUE_CASES = [case for dtype in DTYPES for case in _sizes(dtype) + _features(dtype)]
 """What every implementation must get right."""
 
+
+def _aligned(dtype: torch.dtype) -> list[Case]:
+    """Rows that start on 16 bytes, as TMA and vector loads need: tails of every tile, several tiles, every feature."""
+    wide = [Case(1, 8, 8, 8, dtype), Case(130, 264, 136, 8, dtype), Case(2100, 512, 264, 16, dtype)]
+    ranks = [Case(67, 520, 1032, R, dtype, bias=None) for R in (24, 40, 64, 72, 128, 136)]
+    adapters = replace(wide[1], adapters=torch.float32)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    found = [*wide, *ranks, adapters, replace(wide[1], adapters=other), replace(wide[1], bias=torch.float32)]
+    found += [replace(wide[1], R=16, weight=layout) for layout in (None, "transposed", "rows")]
+    found += [replace(case, dropout=0.1) for case in (*wide, ranks[2], adapters)]
+    found += [replace(wide[1], dropout=p) for p in (0.5, 1.0)]
+    found += [replace(wide[2], scaling=scaling) for scaling in (1.0, 0.0, -1 / 3)]
+    found += [replace(wide[1], M=2048, layout=layout) for layout in ("rows", "offset")]
+    return found + [replace(wide[1], layout="expanded")]
+
+
+ALIGNED_CASES = [case for dtype in (torch.bfloat16, torch.float16) for case in _aligned(dtype)]
+"""What the Hopper kernels take, and its neighbours that they must hand on."""
+
 LONG_SUMS = [
     Case(*shape, 3, dtype, positive=True)
     for shape in ((100_000, 5, 9), (3, 5, 100_000), (2, 20_000, 7))

@@ -6,7 +6,7 @@ import bounds
 import checks
 import pytest
 import torch
-from cases import DTYPES, LONG_SUMS, VALUE_CASES, Case, inputs
+from cases import ALIGNED_CASES, DTYPES, LONG_SUMS, VALUE_CASES, Case, inputs
 
 from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.lora_linear import reference
@@ -26,6 +26,12 @@ def test_values(impl, check, case):
     check(impl, case)
 
 
+@pytest.mark.parametrize("case", ALIGNED_CASES, ids=str)
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_values_where_rows_start_on_16_bytes(impl, check, case):
+    check(impl, case)
+
+
 @pytest.mark.parametrize("case", LONG_SUMS, ids=str)
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
 def test_long_sums_of_one_sign(impl, check, case):
@@ -41,12 +47,14 @@ def test_long_sums_of_one_sign(impl, check, case):
 def test_any_subset_of_gradients(impl, dtype, dropout):
     checks.check_subsets(impl, Case(37, 53, 71, 12, dtype, dropout=dropout))
     checks.check_subsets(impl, Case(9, 17, 13, 3, dtype, dropout=dropout, weight=None))
+    checks.check_subsets(impl, Case(70, 264, 136, 16, dtype, dropout=dropout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_same_bits_every_run_and_inputs_untouched(impl, dtype, dropout):
     checks.check_repeats(impl, Case(257, 300, 515, 24, dtype, dropout=dropout))
+    checks.check_repeats(impl, Case(1030, 520, 264, 64, dtype, dropout=dropout))
     checks.check_repeats(impl, Case(37, 53, 71, 3, dtype, dropout=dropout, layout="transposed"))
 
 

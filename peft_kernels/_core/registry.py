@@ -30,7 +30,8 @@ def define_op(
     """Register `schema` under `torch.ops.peft_kernels` and return the callable op.
 
     The reference becomes the default kernel, so the op works on every device. A C++ extension that
-    implements the op (`TORCH_LIBRARY_IMPL`) owns its key; on CUDA `triton` comes next.
+    implements the op (`TORCH_LIBRARY_IMPL`) owns its key; on CUDA `triton` comes next, and takes what the extension
+    does not, under the op's name with "_general" behind it.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{_NAMESPACE}::{name}"
@@ -40,6 +41,9 @@ def define_op(
     for key in ("CPU", "CUDA"):
         if native.has_native_kernel(qualified, key):
             OWNERS[name, key] = "native"
+            if key == "CUDA":  # its kernels are for some GPUs, dtypes and layouts: it hands the rest on by this name
+                _LIBRARY.define(schema.replace(name, f"{name}_general", 1))
+                _LIBRARY.impl(f"{name}_general", triton or reference, key)
         elif key == "CUDA" and triton is not None:
             _LIBRARY.impl(name, triton, key)
             OWNERS[name, key] = "triton"

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from tabulate import tabulate
 from torch import nn
 
+from .._core import native
 from .._core.registry import OWNERS
+from ..kernels.lora_linear.op import general_because
 from ..nn.base_linear import is_linear, read_by_parents, refusal
-from ..nn.combine import RunsLoRALinear, calls
+from ..nn.combine import RunsLoRALinear, calls, side_by_side
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
 from .targets import is_all_linear, is_excluded, is_peft_layer, output_head, walk
@@ -59,6 +61,10 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
     device = layer.weight.device.type
     kernel = OWNERS.get(("lora_linear_fwd", {"cpu": "CPU", "cuda": "CUDA"}.get(device)), "reference")
     reason = "" if kernel != "reference" else f"no compiled kernel for {device}"
+    lora_a, lora_b, _ = side_by_side(groups[0])
+    past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b)
+    if past:
+        kernel, reason = "triton" if native.HAS_TRITON else "reference", f"not by the Hopper kernels: {past}"
     names = layer.active_adapters
     if len(groups) == 1:
         return kernel, "base + " + " + ".join(names) + " in one call", reason

@@ -39,7 +39,7 @@ def calls(branches: list[Branch]) -> list[list[Branch]]:
     return ([together] if together else []) + [[branch] for branch in branches if branch.dropout_p > 0.0]
 
 
-def _side_by_side(branches: list[Branch]) -> tuple[Tensor, Tensor, float]:
+def side_by_side(branches: list[Branch]) -> tuple[Tensor, Tensor, float]:
     """lora_a [R, K], lora_b [N, R] and scaling of one call.
 
     Several adapters concatenate their ranks, each scaling folded into its B, in fp32 (fp64 for fp64). Autograd splits
@@ -68,7 +68,7 @@ def _effective_bias(bias: Tensor | None, branches: list[Branch]) -> Tensor | Non
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
     """x [..., K] -> [..., N]: the base linear with every branch added; at least one branch. The base runs once."""
     first, *rest = calls(branches)
-    y = lora_linear(x, weight, *_side_by_side(first), _effective_bias(bias, branches), first[0].dropout_p)
+    y = lora_linear(x, weight, *side_by_side(first), _effective_bias(bias, branches), first[0].dropout_p)
     for call in rest:
-        y = y + lora_linear(x, None, *_side_by_side(call), None, call[0].dropout_p)
+        y = y + lora_linear(x, None, *side_by_side(call), None, call[0].dropout_p)
     return y

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core import native
-from ..._core.registry import define_op
+from ..._core.registry import OWNERS, define_op
 from ..._core.sharding import share
 from . import reference, sharding
 
@@ -54,6 +54,14 @@ lora_linear_bwd = define_op(
     triton=triton_impl and triton_impl.lora_linear_bwd,
     workspace=triton_impl and triton_impl.lora_linear_bwd_workspace,
 )
+
+
+def general_because(rows: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str:
+    """Why a call with x or dy like `rows` goes past the CUDA extension's kernels; "" where it does not, or has none."""
+    if rows.device.type != "cuda" or OWNERS["lora_linear_fwd", "CUDA"] != "native":
+        return ""
+    return torch.ops.peft_kernels.lora_linear_refusal(rows, weight, lora_a, lora_b)
+
 
 share(lora_linear_fwd, sharding.lora_linear_fwd)
 share(lora_linear_bwd, sharding.lora_linear_bwd)

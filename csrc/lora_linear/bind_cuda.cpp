@@ -1,0 +1,302 @@
+// lora_linear_fwd and lora_linear_bwd for the CUDA key: what the Hopper kernels take goes to them, all else to the general
+// kernels (Triton, or the reference without it), which Python registers as lora_linear_fwd_general and _bwd_general.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include <array>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "hopper.h"
+#include "lora_dy_sm90.h"
+#include "lora_gemm_sm90.h"
+#include "lora_x_sm90.h"
+#include "plan_sm90.h"
+
+namespace peft_kernels {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::atomic<bool> hopper_enabled{true};
+
+constexpr int64_t kMostRank = 128;  // the passes keep a program's columns of every rank in registers
+constexpr int kMostDevices = 64;
+
+struct Chip {
+  int capability = 0, sms = 0;
+};
+
+// Asked of the driver once per device.
+Chip chip_of(const Tensor& t) {
+  static std::array<std::atomic<int64_t>, kMostDevices> known{};
+  const int index = t.get_device();
+  if (index >= kMostDevices) return {};
+  int64_t packed = known[index].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    int major = 0, minor = 0, sms = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
+    packed = int64_t{10 * major + minor} << 32 | sms;
+    known[index].store(packed, std::memory_order_relaxed);
+  }
+  return {static_cast<int>(packed >> 32), static_cast<int>(packed & 0xffffffff)};
+}
+
+// The op may be called inside autocast or with tensors that require grad; what happens here is below both.
+struct BelowAutogradAndAutocast {
+  at::AutoDispatchBelowADInplaceOrView autograd;
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::DispatchKey::AutocastCUDA};
+};
+
+// ---- what the kernels take ----
+
+// Elements between rows; of one row any multiple of 8 would do.
+int64_t pitch(const Tensor& t) { return t.size(0) == 1 ? t.size(1) : t.stride(0); }
+
+// Rows of unit stride that 16-byte loads and TMA can address.
+bool has_rows(const Tensor& t) {
+  return t.stride(1) == 1 && t.size(1) % 8 == 0 && pitch(t) % 8 == 0 && pitch(t) >= t.size(1) &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+bool is_adapter(const Tensor& t, at::ScalarType dtype) {
+  return t.dim() == 2 && (t.scalar_type() == dtype || t.scalar_type() == at::kFloat);
+}
+
+// Why the Hopper kernels do not take a call, or null. `rows` is x or dy; the weight, where the call multiplies by it.
+const char* refusal(const Tensor& rows, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b) {
+  if (!hopper_enabled.load(std::memory_order_relaxed)) return "switched off";
+  const at::ScalarType dtype = rows.scalar_type();
+  if (dtype != at::kBFloat16 && dtype != at::kHalf) return "the dtype is neither bfloat16 nor float16";
+  if (chip_of(rows).capability != 90) return "the GPU is not of compute capability 9.0";
+  if (!is_adapter(lora_a, dtype) || !is_adapter(lora_b, dtype)) return "an adapter's dtype is neither x's nor float32";
+  const int64_t R = lora_a.size(0), K = lora_a.size(1), N = lora_b.size(0);
+  if (R % 8 != 0 || R > kMostRank || R == 0) return "the rank is no multiple of 8 up to 128";
+  if (lora_b.size(1) != R || rows.dim() != 2 || rows.size(0) == 0 || K == 0 || N == 0) return "a size is 0 or does not fit";
+  if (K % 8 != 0 || N % 8 != 0 || !has_rows(rows)) return "rows of x, dy or weight do not start on 16 bytes";
+  if (!weight) return nullptr;
+  if (weight->scalar_type() != dtype || weight->dim() != 2) return "the weight is of another dtype than x";
+  if (weight->size(0) != N || weight->size(1) != K) return "a size is 0 or does not fit";
+  if (!has_rows(*weight) && !has_rows(weight->t())) return "rows of x, dy or weight do not start on 16 bytes";
+  return nullptr;
+}
+
+// ---- products ----
+
+cudaStream_t stream_of(const Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.get_device()).stream(); }
+
+int dtype_code(const Tensor& t) { return t.scalar_type() == at::kHalf; }
+
+// In x's dtype with aligned rows; as it is where it already is that.
+Tensor adapter(const Tensor& t, at::ScalarType dtype) {
+  const Tensor same = t.to(dtype);
+  return has_rows(same) ? same : same.contiguous();
+}
+
+Tensor workspace(const Tensor& like, int64_t bytes) { return at::empty({(bytes + 3) / 4}, like.options().dtype(at::kFloat)); }
+
+// out = p @ q + alpha * drop(low @ t) + bias, rounded once: p [M, K], q [K, N] a view of the weight, t [R, N].
+void low_rank_first(Tensor& out, const Tensor& p, const Tensor& q, const Tensor& low, const Tensor& t, double alpha,
+                    const OptionalTensor& bias, const unsigned char* mask) {
+  LoraGemm g{};
+  g.q_transposed = q.stride(0) == 1 && q.stride(1) != 1;
+  const Tensor q_rows = g.q_transposed ? q.t() : q;
+  Tensor t_rows = g.q_transposed ? t.t() : t;
+  if (!has_rows(t_rows)) t_rows = t_rows.contiguous();
+  g.p = p.const_data_ptr(), g.q = q_rows.const_data_ptr(), g.low = low.const_data_ptr(), g.t = t_rows.const_data_ptr();
+  g.mask = mask;
+  g.bias = bias ? bias->const_data_ptr() : nullptr;
+  g.bias_fp32 = bias && bias->scalar_type() == at::kFloat;
+  g.c = out.mutable_data_ptr();
+  g.alpha = static_cast<float>(alpha);
+  g.M = p.size(0), g.N = q.size(1), g.K = p.size(1), g.R = low.size(1);
+  g.ld_p = pitch(p), g.ld_q = pitch(q_rows), g.ld_low = pitch(low), g.ld_t = pitch(t_rows), g.ld_c = g.N;
+  g.dtype = dtype_code(p);
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_gemm_sm90(&g, stream_of(p))));
+}
+
+// The same by cuBLAS, where our tiles would leave much of the last wave idle. No mask; bias in p's dtype.
+void beta_one(Tensor& out, const Tensor& p, const Tensor& q, const Tensor& low, const Tensor& t, double alpha,
+              const OptionalTensor& bias) {
+  if (bias) {
+    at::addmm_out(out, *bias, low, t, 1, alpha);
+  } else {
+    at::addmm_out(out, out, low, t, 0, alpha);
+  }
+  out.addmm_(p, q);
+}
+
+Tensor gemm(const Tensor& p, const Tensor& q, const Tensor& low, const Tensor& t, double alpha, const OptionalTensor& bias,
+            const unsigned char* mask, int sms) {
+  Tensor out = at::empty({p.size(0), q.size(1)}, p.options().memory_format(at::MemoryFormat::Contiguous));
+  // cuBLAS could neither drop nor add a bias before it rounds.
+  const bool only_ours = mask != nullptr || (bias && bias->scalar_type() != p.scalar_type());
+  if (only_ours || starts_with_low_rank(p.size(0), q.size(1), p.size(1), low.size(1), sms)) {
+    low_rank_first(out, p, q, low, t, alpha, bias, mask);
+  } else {
+    beta_one(out, p, q, low, t, alpha, bias);
+  }
+  return out;
+}
+
+// ---- the ops ----
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                                   const OptionalTensor&, const OptionalTensor&, double, int64_t);
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                            const Tensor&, const Tensor&, const OptionalTensor&,
+                                                            const Tensor&, double, bool, bool, bool, bool);
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+                                           const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
+                                           double scaling, int64_t threshold) {
+  if (!weight || refusal(x, weight, lora_a, lora_b) != nullptr) {
+    static const auto general =
+        c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::lora_linear_fwd_general", "").typed<Forward>();
+    return general.call(x, weight, lora_a, lora_b, bias, seed, scaling, threshold);
+  }
+  const BelowAutogradAndAutocast below;
+  const c10::cuda::CUDAGuard guard(x.device());
+  const int sms = chip_of(x).sms;
+  const Tensor a = adapter(lora_a, x.scalar_type()), b = adapter(lora_b, x.scalar_type());
+  const int64_t M = x.size(0), K = x.size(1), R = a.size(0);
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor s = at::empty({M, R}, options);
+  Tensor mask = at::empty(seed ? at::IntArrayRef{M, (K + 7) / 8} : at::IntArrayRef{0}, options.dtype(at::kByte));
+
+  const Tensor scratch = workspace(x, lora_down_workspace(M, K, R, sms));
+  LoraDown d{};
+  d.x = x.const_data_ptr(), d.a = a.const_data_ptr();
+  d.seed = seed ? reinterpret_cast<const long long*>(seed->const_data_ptr<int64_t>()) : nullptr;
+  d.s = s.mutable_data_ptr();
+  d.mask = seed ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  d.workspace = scratch.mutable_data_ptr<float>();
+  d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x), d.ld_a = pitch(a);
+  d.threshold = static_cast<unsigned>(threshold);
+  d.dtype = dtype_code(x);
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_down_sm90(&d, sms, stream_of(x))));
+
+  OptionalTensor added = bias;
+  if (bias && bias->scalar_type() != x.scalar_type()) added = bias->to(at::kFloat);
+  if (added) added = added->contiguous();
+  return {gemm(x, weight->t(), s, b.t(), scaling, added, nullptr, sms), s, mask};
+}
+
+// g [M, R], dlora_b and dbias from one read of dy; undefined where not asked for.
+std::tuple<Tensor, Tensor, Tensor> from_dy(const Tensor& dy, const Tensor& b, const OptionalTensor& s, double scaling,
+                                           bool need_g, bool need_db, bool need_dbias, at::ScalarType db_dtype, int sms) {
+  const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+  const int64_t M = dy.size(0), N = dy.size(1), R = b.size(1);
+  Tensor g, db, dbias, s_rows;
+  LoraDy d{};
+  if (need_g) {
+    g = at::empty({M, R}, options);
+    d.g = g.mutable_data_ptr();
+  }
+  if (need_db) {
+    s_rows = s->to(dy.scalar_type()).contiguous();
+    db = at::empty({N, R}, options.dtype(db_dtype));
+    d.s = s_rows.const_data_ptr(), d.db = db.mutable_data_ptr();
+  }
+  if (need_dbias) {
+    dbias = at::empty({N}, options.dtype(at::kFloat));
+    d.dbias = dbias.mutable_data_ptr<float>();
+  }
+  if (!need_g && !need_db && !need_dbias) return {g, db, dbias};
+  const Tensor scratch = workspace(dy, lora_dy_workspace(M, N, R, need_g, need_db, need_dbias, sms));
+  d.dy = dy.const_data_ptr(), d.b = b.const_data_ptr(), d.workspace = scratch.mutable_data_ptr<float>();
+  d.scaling = static_cast<float>(scaling);
+  d.M = M, d.N = N, d.R = R, d.ld_dy = pitch(dy), d.ld_b = pitch(b);
+  d.dtype = dtype_code(dy);
+  d.db_fp32 = db_dtype == at::kFloat;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_dy_sm90(&d, sms, stream_of(dy))));
+  return {g, db, dbias};
+}
+
+Tensor from_x(const Tensor& x, const Tensor& g, const unsigned char* mask, double scaling, at::ScalarType da_dtype, int sms) {
+  const int64_t M = x.size(0), K = x.size(1), R = g.size(1);
+  Tensor da = at::empty({R, K}, x.options().memory_format(at::MemoryFormat::Contiguous).dtype(da_dtype));
+  const Tensor scratch = workspace(x, lora_da_workspace(M, K, R, sms));
+  LoraDa d{};
+  d.x = x.const_data_ptr(), d.g = g.const_data_ptr(), d.mask = mask, d.da = da.mutable_data_ptr();
+  d.workspace = scratch.mutable_data_ptr<float>();
+  d.scaling = static_cast<float>(scaling);
+  d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x);
+  d.dtype = dtype_code(x);
+  d.da_fp32 = da_dtype == at::kFloat;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_da_sm90(&d, sms, stream_of(x))));
+  return da;
+}
+
+bool takes_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+                    const Tensor& lora_b, const OptionalTensor& s, const Tensor& mask, bool need_dx, bool need_dlora_a,
+                    bool need_dlora_b) {
+  if (need_dx && !weight) return false;
+  if (refusal(dy, need_dx ? weight : OptionalTensor(), lora_a, lora_b) != nullptr) return false;
+  const int64_t M = dy.size(0), K = lora_a.size(1), R = lora_a.size(0);
+  if (need_dlora_a && !(x && x->dim() == 2 && x->size(0) == M && x->size(1) == K && x->scalar_type() == dy.scalar_type() &&
+                        has_rows(*x)))
+    return false;
+  if (need_dlora_b && !(s && s->dim() == 2 && s->size(0) == M && s->size(1) == R)) return false;
+  // TMA loads the mask's rows for dlora_a.
+  if (mask.numel() > 0 && need_dlora_a && (K % 128 != 0 || reinterpret_cast<uintptr_t>(mask.const_data_ptr()) % 16 != 0))
+    return false;
+  return mask.numel() == 0 || (mask.is_contiguous() && mask.dim() == 2 && mask.size(0) == M && mask.size(1) == (K + 7) / 8);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight,
+                                                    const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& s,
+                                                    const Tensor& mask, double scaling, bool need_dx, bool need_dlora_a,
+                                                    bool need_dlora_b, bool need_dbias) {
+  if (!takes_backward(dy, x, weight, lora_a, lora_b, s, mask, need_dx, need_dlora_a, need_dlora_b)) {
+    static const auto general =
+        c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::lora_linear_bwd_general", "").typed<Backward>();
+    return general.call(dy, x, weight, lora_a, lora_b, s, mask, scaling, need_dx, need_dlora_a, need_dlora_b, need_dbias);
+  }
+  const BelowAutogradAndAutocast below;
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const int sms = chip_of(dy).sms;
+  const at::ScalarType dtype = dy.scalar_type();
+  const unsigned char* bits = mask.numel() > 0 ? mask.const_data_ptr<uint8_t>() : nullptr;
+  const Tensor none = at::empty({0}, dy.options());
+  const bool need_g = need_dx || need_dlora_a;
+  const auto [g, db, dbias] = from_dy(dy, adapter(lora_b, dtype), s, scaling, need_g, need_dlora_b, need_dbias,
+                                      lora_b.scalar_type(), sms);
+  Tensor dx = none, da = none;
+  if (need_dx) dx = gemm(dy, *weight, g, adapter(lora_a, dtype), scaling, std::nullopt, bits, sms);
+  if (need_dlora_a) da = from_x(*x, g, bits, scaling, lora_a.scalar_type(), sms);
+  return {dx, da, need_dlora_b ? db : none, need_dbias ? dbias : none};
+}
+
+}  // namespace
+
+void enable_hopper(bool enabled) { hopper_enabled.store(enabled, std::memory_order_relaxed); }
+
+// For coverage(): why a call goes to the general kernels, "" where it does not.
+static std::string refusal_text(const Tensor& rows, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b) {
+  const char* reason = weight ? refusal(rows, weight, lora_a, lora_b) : "there is no base weight";
+  return reason == nullptr ? "" : reason;
+}
+
+TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
+  m.def("lora_linear_refusal(Tensor rows, Tensor? weight, Tensor lora_a, Tensor lora_b) -> str", TORCH_FN(refusal_text));
+}
+
+TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+  m.impl("lora_linear_fwd", TORCH_FN(forward));
+  m.impl("lora_linear_bwd", TORCH_FN(backward));
+}
+
+}  // namespace peft_kernels

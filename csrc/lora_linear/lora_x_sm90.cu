@@ -1,0 +1,281 @@
+// Host side of both passes: the plan, tensor maps, the choice of the instantiation, the launch.
+#include "lora_x_sm90.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "lora_da.cuh"
+#include "lora_down.cuh"
+
+namespace {
+
+using namespace lora_passes;
+
+constexpr int kMaxDevices = 64;
+
+long long blocks(long long length, int block) { return (length + block - 1) / block; }
+
+// ---- plans ----
+
+struct Plan {
+  int tile;         // rows (down) or columns (da) of x per output tile
+  long long tiles;
+  int stages;       // along the other side of x
+  int ctas;         // per tile: a cluster shares the stages
+};
+
+int per_sm(long long R) { return ctas_per_sm(R <= 16 ? 16 : 32); }
+
+// Clusters that run at once, as lora_dy_sm90.cu has it.
+long long resident(int ctas, int per_sm, int sm_count) {
+  return per_sm * std::max(1, ctas <= 2 ? sm_count / ctas : sm_count * 15 / 132 * 8 / ctas);
+}
+
+// The fewest CTAs per tile (1, 2, 4 or 8, and no more than there are stages) within 10% of the least time, in waves.
+int share_tile(long long tiles, long long stages, int per_sm, int sm_count) {
+  const auto waves = [&](int ctas) {
+    const long long full = tiles / resident(ctas, per_sm, sm_count), rest = tiles % resident(ctas, per_sm, sm_count);
+    // A wave of few CTAs is faster: they share the memory's bandwidth. Half the time of a full one is about right.
+    return (2 * full + (rest == 0 ? 0 : 2 * rest > resident(ctas, per_sm, sm_count) ? 2 : 1)) * (kMostCtas / ctas);
+  };
+  long long least = waves(1);
+  for (int ctas = 2; ctas <= std::min<long long>(kMostCtas, stages); ctas *= 2) least = std::min(least, waves(ctas));
+  int ctas = 1;
+  while (10 * waves(ctas) > 11 * least) ctas *= 2;
+  return ctas;
+}
+
+// Every tile reads all of a. From rank 64 on, tiles of 64 rows would read as much of a as of x; 128 rows halve that,
+// unless M is so small that the GPU would be left half empty.
+Plan plan_down(long long M, long long K, long long R, int sm_count) {
+  const bool tall = R > 32 && blocks(M, 128) * kMostCtas * 2 > sm_count;
+  const int tile = tall ? 128 : 64;
+  const long long tiles = blocks(M, tile), stages = blocks(K, kStageColumns);
+  return {tile, tiles, static_cast<int>(stages), share_tile(tiles, stages, per_sm(R), sm_count)};
+}
+
+Plan plan_da(long long M, long long K, long long R, int sm_count) {
+  const long long tiles = blocks(K, kStageColumns), stages = blocks(M, kDaRows);
+  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, per_sm(R), sm_count)};
+}
+
+// ---- tensor maps ----
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// Looked up at run time, so that the library needs no -lcuda.
+EncodeTiled encode_tiled() {
+  static std::atomic<EncodeTiled> known{nullptr};
+  EncodeTiled encode = known.load(std::memory_order_acquire);
+  if (encode != nullptr) return encode;
+  void* symbol = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  encode = reinterpret_cast<EncodeTiled>(symbol);
+  known.store(encode, std::memory_order_release);
+  return encode;
+}
+
+constexpr int kBytes = 2;  // a dtype beside 0 and 1: the mask's
+
+struct Matrix {
+  const void* data;
+  long long rows, columns, pitch;  // in elements
+  int dtype;
+
+  int element() const { return dtype == kBytes ? 1 : 2; }
+  bool usable() const {
+    return rows > 0 && columns > 0 && pitch * element() % 16 == 0 && pitch >= columns &&
+           reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+};
+
+// Boxes of box_columns (16, 32, 64 or 128 bytes, swizzled over that width) by box_rows; zeros outside the matrix.
+bool make_map(CUtensorMap* map, const Matrix& matrix, int box_columns, int box_rows) {
+  const EncodeTiled encode = encode_tiled();
+  if (encode == nullptr || !matrix.usable()) return false;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
+  const cuuint64_t pitches[] = {static_cast<cuuint64_t>(matrix.pitch) * matrix.element()};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t strides[] = {1, 1};
+  const int row_bytes = box_columns * matrix.element();
+  const CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                       : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const auto type = matrix.dtype == kBytes ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                    : matrix.dtype == 0    ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encode(map, type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, strides,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// ---- launches ----
+
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, int bytes, std::atomic<bool> (&ready)[kMaxDevices]) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
+  if (ready[device].load(std::memory_order_acquire)) return cudaSuccess;  // racing threads set it twice: no harm
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) ready[device].store(true, std::memory_order_release);
+  return error;
+}
+
+template <typename Kernel, typename Maps, typename Problem>
+cudaError_t launch(Kernel kernel, const Maps& maps, const Problem& problem, const Plan& plan, int shared_bytes,
+                   cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (plan.ctas > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(plan.ctas);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  // Programmatic dependent launch: this kernel's start overlaps the end of the one before.
+  attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[count].val.programmaticStreamSerializationAllowed = 1;
+  ++count;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.tiles * plan.ctas));
+  config.blockDim = dim3(kBlockThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, maps, problem);
+}
+
+// Calls f with R rounded up to 8, 16, 32, 64 or 128, as a constant.
+template <typename F>
+cudaError_t with_padded_r(long long R, const F& f) {
+  if (R <= 8) return f(std::integral_constant<int, 8>());
+  if (R <= 16) return f(std::integral_constant<int, 16>());
+  if (R <= 32) return f(std::integral_constant<int, 32>());
+  if (R <= 64) return f(std::integral_constant<int, 64>());
+  return f(std::integral_constant<int, 128>());
+}
+
+bool sensible(long long M, long long K, long long R, int dtype, const Plan& plan) {
+  constexpr long long kMost = 1ll << 30;  // coordinates are 32-bit
+  return M > 0 && M <= kMost && K > 0 && K <= kMost && R > 0 && R <= 128 && R % 8 == 0 && (dtype == 0 || dtype == 1) &&
+         plan.tiles * plan.ctas <= kMost;
+}
+
+template <typename T, int PADDED_R, int ROWS, bool DROP>
+cudaError_t launch_down(const LoraDown& d, const Plan& plan, const DownProblem& problem, cudaStream_t stream) {
+  using Shape = DownShape<PADDED_R, ROWS>;
+  const auto kernel = lora_down_kernel<T, PADDED_R, ROWS, DROP>;
+  DownMaps maps;
+  if (!make_map(&maps.x, {d.x, d.M, d.K, d.ld_x, d.dtype}, 64, ROWS) ||
+      !make_map(&maps.a, {d.a, d.R, d.K, d.ld_a, d.dtype}, 64, PADDED_R)) {
+    return cudaErrorInvalidValue;
+  }
+  static std::atomic<bool> ready[kMaxDevices];
+  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, ready);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, maps, problem, plan, Shape::Memory::kBytes, stream);
+}
+
+template <typename T, int PADDED_R, int ROWS>
+cudaError_t launch_down_dropout(const LoraDown& d, const Plan& plan, const DownProblem& problem, cudaStream_t stream) {
+  return d.seed != nullptr ? launch_down<T, PADDED_R, ROWS, true>(d, plan, problem, stream)
+                           : launch_down<T, PADDED_R, ROWS, false>(d, plan, problem, stream);
+}
+
+template <typename T>
+cudaError_t launch_down_shape(const LoraDown& d, const Plan& plan, const DownProblem& problem, cudaStream_t stream) {
+  return with_padded_r(d.R, [&](auto padded) {
+    constexpr int kPadded = decltype(padded)::value;
+    if constexpr (kPadded > 32) {
+      if (plan.tile == 128) return launch_down_dropout<T, kPadded, 128>(d, plan, problem, stream);
+    }
+    return launch_down_dropout<T, kPadded, 64>(d, plan, problem, stream);
+  });
+}
+
+template <typename T, int PADDED_R, bool MASKED>
+cudaError_t launch_da(const LoraDa& d, const Plan& plan, const DaProblem& problem, cudaStream_t stream) {
+  using Shape = DaShape<PADDED_R>;
+  const auto kernel = lora_da_kernel<T, PADDED_R, MASKED>;
+  DaMaps maps;
+  if (!make_map(&maps.x, {d.x, d.M, d.K, d.ld_x, d.dtype}, 64, kDaRows) ||
+      !make_map(&maps.g, {d.g, d.M, d.R, d.R, d.dtype}, std::min(PADDED_R, 64), kDaRows)) {
+    return cudaErrorInvalidValue;
+  }
+  maps.mask = maps.x;
+  if (MASKED && !make_map(&maps.mask, {d.mask, d.M, d.K / 8, d.K / 8, kBytes}, kStageColumns / 8, kDaRows)) {
+    return cudaErrorInvalidValue;
+  }
+  static std::atomic<bool> ready[kMaxDevices];
+  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, ready);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, maps, problem, plan, Shape::Memory::kBytes, stream);
+}
+
+template <typename T>
+cudaError_t launch_da_shape(const LoraDa& d, const Plan& plan, const DaProblem& problem, cudaStream_t stream) {
+  return with_padded_r(d.R, [&](auto padded) {
+    constexpr int kPadded = decltype(padded)::value;
+    return d.mask != nullptr ? launch_da<T, kPadded, true>(d, plan, problem, stream)
+                             : launch_da<T, kPadded, false>(d, plan, problem, stream);
+  });
+}
+
+}  // namespace
+
+extern "C" long long lora_down_workspace(long long, long long, long long, int) { return 0; }
+extern "C" long long lora_da_workspace(long long, long long, long long, int) { return 0; }
+
+extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) {
+  const LoraDown& d = *args;
+  if (d.M == 0) return cudaSuccess;
+  const Plan plan = plan_down(d.M, d.K, d.R, std::max(1, sm_count));
+  const bool drops = d.seed != nullptr;
+  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || reinterpret_cast<uintptr_t>(d.s) % 8 != 0 ||
+      (drops && (d.mask == nullptr || d.threshold < 1 || d.threshold > 65536))) {
+    return cudaErrorInvalidValue;
+  }
+  DownProblem problem{};
+  problem.s = d.s;
+  problem.M = static_cast<int>(d.M);
+  problem.R = static_cast<int>(d.R);
+  problem.stages = plan.stages;
+  problem.ctas = plan.ctas;
+  const int row_bytes = static_cast<int>(d.K / 8);
+  const bool wide = row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(d.mask) % 8 == 0;
+  problem.dropout = {d.seed, d.mask, (d.threshold << 16) - 1, row_bytes, wide};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  return d.dtype == 0 ? launch_down_shape<__nv_bfloat16>(d, plan, problem, queue)
+                      : launch_down_shape<__half>(d, plan, problem, queue);
+}
+
+extern "C" int lora_da_sm90(const LoraDa* args, int sm_count, void* stream) {
+  const LoraDa& d = *args;
+  const Plan plan = plan_da(d.M, d.K, d.R, std::max(1, sm_count));
+  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || reinterpret_cast<uintptr_t>(d.da) % 16 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  DaProblem problem{};
+  problem.da = d.da;
+  problem.scaling = d.scaling;
+  problem.M = static_cast<int>(d.M);
+  problem.K = static_cast<int>(d.K);
+  problem.R = static_cast<int>(d.R);
+  problem.stages = plan.stages;
+  problem.ctas = plan.ctas;
+  problem.da_fp32 = d.da_fp32 != 0;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  return d.dtype == 0 ? launch_da_shape<__nv_bfloat16>(d, plan, problem, queue)
+                      : launch_da_shape<__half>(d, plan, problem, queue);
+}
