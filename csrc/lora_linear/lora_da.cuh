@@ -35,13 +35,13 @@ struct DaShape {
   static constexpr int kG = 2 * kBoxX, kMask = kG + kBoxesG * kBoxG;  // offsets in a stage
   static constexpr int kMaskBytes = kDaRows * kStageColumns / 8;
   static constexpr int kStageBytes = kMask + kMaskBytes;
-  static constexpr int kStages = stage_count(kStageBytes, PADDED_R, kDaGroups);
+  static constexpr int kStages = stage_count(kStageBytes, 1, kDaGroups);
   static constexpr int kPitch = kStageColumns + 4;  // floats in a row of a part: no bank conflicts
   static constexpr int kPartBytes = PADDED_R * kPitch * 4;
   using Memory = Stages<kStages, kStageBytes>;
   static_assert(kStageBytes % 1024 == 0 && kBoxG % 1024 == 0, "swizzled boxes");
   static_assert(kDaGroups <= kStages && kDaGroups * kPartBytes <= kStages * kStageBytes);
-  static_assert(ctas_per_sm(PADDED_R) * (Memory::kBytes + 1024) <= 228 * 1024);
+  static_assert(Memory::kBytes + 1024 <= 228 * 1024);
 
   // Where the box of g has a 16-byte chunk of a row. Narrow rows are packed and swizzled by as many bits as their
   // chunks have (TMA's 32, 64 and 128-byte swizzles; none for a single chunk).
@@ -199,7 +199,7 @@ struct DaOutput {
 };
 
 template <typename T, int PADDED_R, bool MASKED>
-__global__ void __launch_bounds__(kBlockThreads, ctas_per_sm(PADDED_R))
+__global__ void __launch_bounds__(kBlockThreads, 1)
     lora_da_kernel(const __grid_constant__ DaMaps maps, const __grid_constant__ DaProblem problem) {
   using Shape = DaShape<PADDED_R>;
   extern __shared__ char raw[];

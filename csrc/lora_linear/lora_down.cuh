@@ -35,7 +35,7 @@ struct DownShape {
   static constexpr int kGroups = kWarps / kRowWarps;  // of warps, that take the stages in turn
   static constexpr int kBoxX = ROWS * kRowBytes, kBoxA = PADDED_R * kRowBytes;
   static constexpr int kStageBytes = 2 * kBoxX + 2 * kBoxA;
-  static constexpr int kStages = stage_count(kStageBytes, PADDED_R, kGroups);
+  static constexpr int kStages = stage_count(kStageBytes, ctas_per_sm(PADDED_R), kGroups);
   static constexpr int kPitch = PADDED_R + 8;  // floats in a row of a part: no bank conflicts
   static constexpr int kPartBytes = ROWS * kPitch * 4;
   using Memory = Stages<kStages, kStageBytes>;

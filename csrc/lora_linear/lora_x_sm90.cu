@@ -26,25 +26,36 @@ struct Plan {
   int ctas;         // per tile: a cluster shares the stages
 };
 
-int per_sm(long long R) { return ctas_per_sm(R <= 16 ? 16 : 32); }
-
 // Clusters that run at once, as lora_dy_sm90.cu has it.
 long long resident(int ctas, int per_sm, int sm_count) {
   return per_sm * std::max(1, ctas <= 2 ? sm_count / ctas : sm_count * 15 / 132 * 8 / ctas);
 }
 
-// The fewest CTAs per tile (1, 2, 4 or 8, and no more than there are stages) within 10% of the least time, in waves.
-int share_tile(long long tiles, long long stages, int per_sm, int sm_count) {
-  const auto waves = [&](int ctas) {
-    const long long full = tiles / resident(ctas, per_sm, sm_count), rest = tiles % resident(ctas, per_sm, sm_count);
-    // A wave of few CTAs is faster: they share the memory's bandwidth. Half the time of a full one is about right.
-    return (2 * full + (rest == 0 ? 0 : 2 * rest > resident(ctas, per_sm, sm_count) ? 2 : 1)) * (kMostCtas / ctas);
-  };
-  long long least = waves(1);
-  for (int ctas = 2; ctas <= std::min<long long>(kMostCtas, stages); ctas *= 2) least = std::min(least, waves(ctas));
-  int ctas = 1;
-  while (10 * waves(ctas) > 11 * least) ctas *= 2;
-  return ctas;
+// An estimate in ns for x's `bytes`: each wave of clusters takes its share at the memory's rate, or at a CTA's where few
+// are left, and a start. Measured on an H100 at K=4096, clusters of 8: dlora_a at M=8192, R=64 30.2 us, down at M=2048,
+// R=64 18.0 us; it says 45 and 17.
+double estimate(long long tiles, int ctas, double bytes, long long R, int per_sm, int sm_count) {
+  constexpr double kMemory = 3000, kStart = 2000;
+  const double cta = R <= 32 ? 45 : 20;  // bytes per ns: what it can load, and what it can multiply
+  const double per_cta = bytes / static_cast<double>(tiles * ctas);
+  double ns = 0;
+  for (long long left = tiles; left > 0;) {
+    const long long running = std::min(left, resident(ctas, per_sm, sm_count)), waves = left / running;
+    ns += waves * (kStart + per_cta / std::min(cta, kMemory / static_cast<double>(running * ctas)));
+    left -= waves * running;
+  }
+  return ns;
+}
+
+// The most CTAs per tile (1, 2, 4 or 8, and no more than there are stages) within 5% of the least time.
+int share_tile(long long tiles, long long stages, double bytes, long long R, int per_sm, int sm_count) {
+  const auto ns = [&](int ctas) { return estimate(tiles, ctas, bytes, R, per_sm, sm_count); };
+  int most = 1;
+  while (2 * most <= std::min<long long>(kMostCtas, stages)) most *= 2;
+  double least = ns(1);
+  for (int ctas = 2; ctas <= most; ctas *= 2) least = std::min(least, ns(ctas));
+  while (ns(most) > 1.05 * least) most /= 2;
+  return most;
 }
 
 // Every tile reads all of a. From rank 64 on, tiles of 64 rows would read as much of a as of x; 128 rows halve that,
@@ -53,12 +64,13 @@ Plan plan_down(long long M, long long K, long long R, int sm_count) {
   const bool tall = R > 32 && blocks(M, 128) * kMostCtas * 2 > sm_count;
   const int tile = tall ? 128 : 64;
   const long long tiles = blocks(M, tile), stages = blocks(K, kStageColumns);
-  return {tile, tiles, static_cast<int>(stages), share_tile(tiles, stages, per_sm(R), sm_count)};
+  const int per_sm = R <= 16 ? ctas_per_sm(16) : 1;
+  return {tile, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, R, per_sm, sm_count)};
 }
 
 Plan plan_da(long long M, long long K, long long R, int sm_count) {
   const long long tiles = blocks(K, kStageColumns), stages = blocks(M, kDaRows);
-  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, per_sm(R), sm_count)};
+  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, R, 1, sm_count)};
 }
 
 // ---- tensor maps ----
