@@ -70,7 +70,7 @@ Plan plan_down(long long M, long long K, long long R, int sm_count) {
 
 Plan plan_da(long long M, long long K, long long R, int sm_count) {
   const long long tiles = blocks(K, kStageColumns), stages = blocks(M, kDaRows);
-  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, R, 1, sm_count)};
+  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, 16, 1, sm_count)};
 }
 
 // ---- tensor maps ----
