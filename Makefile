@@ -21,13 +21,14 @@ SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/d
 ITS_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 TORCH_FITS := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))
 
-.PHONY: help venv build test lint demo gpu clean
+.PHONY: help venv build test lint demo gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    fine-tune a real model beside HF PEFT; prints accuracy, speed, memory (ARGS=--help for options)"
 	@echo "make test    lint, the test-suite, the machine-code gate on two Triton versions"
 	@echo "make gpu     check and measure on a GPU, no network needed (DEVICE= OUT= ONLY= TUNE=1)"
+	@echo "make sanitize  the CUDA kernels under compute-sanitizer, on a GPU: once per change of a kernel"
 	@echo "make build   .venv with the package built in place;  make venv: without building it"
 	@echo "make lint    ruff check and format check;  make clean: remove what the targets above made, not .cache"
 	@echo "PYTHON=python3.12 picks the interpreter, TORCH_INDEX=URL where Torch comes from"
@@ -87,6 +88,14 @@ $(VENV)/.gpu: | $(VENV)/.torch
 gpu: $(VENV)/.gpu
 	$(PY) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(TUNE),--tune) $(ARGS)
+
+# Every kind of kernel once: plain, masked, several tiles and row parts, ranks on both sides of 32.
+SANITIZED := 16_bytes and round_trip and (2100 or r64)
+
+sanitize: $(VENV)/.gpu
+	$(PIP) install --no-build-isolation --no-index --no-deps -e .
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(PY) -m pytest -q -x -p benchmarks.device_tests \
+	  --implementation 'op[cuda]' tests/test_lora_linear.py -k "$(SANITIZED)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info peft_kernels/*.so peft_kernels/_build.json .pytest_cache .ruff_cache

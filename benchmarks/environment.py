@@ -27,10 +27,13 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit measured, "+dirty" when tracked files differ from it; GIT_COMMIT, else "unknown", without git."""
-    sha = _output("git", "rev-parse", "--short=12", "HEAD")
-    if not sha:
-        return os.environ.get("GIT_COMMIT", "unknown")
+    """The commit measured, "+dirty" when tracked files differ from it; "unknown" without git.
+
+    GIT_COMMIT names it where the sources were copied without their repository, or with an older state of it.
+    """
+    sha = os.environ.get("GIT_COMMIT") or _output("git", "rev-parse", "--short=12", "HEAD")
+    if "GIT_COMMIT" in os.environ or not sha:
+        return sha or "unknown"
     # Results are written by the very run that asks, so they do not make its sources another version.
     dirty = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return sha + ("+dirty" if dirty else "")

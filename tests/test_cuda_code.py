@@ -18,8 +18,10 @@ pytestmark = [
 
 WANTED = {
     "lora_gemm_sm90.cu": ("HGMMA.64x256x16", "UTMALDG", "UTMASTG"),
+    "lora_dy_sm90.cu": ("HGMMA.64x64x16", "UTMALDG", "STAS.128", "LDG.E.128"),
+    "lora_x_sm90.cu": ("HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "UTMALDG"),
 }
-"""Opcodes that the code must hold: the matrix unit's widest, and copies by TMA or asynchronous ones of 16 bytes."""
+"""Opcodes that the code must hold: the matrix instructions meant, TMA for what is large, wide accesses for the rest."""
 
 
 def compile_for_hopper(source: Path, out: Path) -> str:
