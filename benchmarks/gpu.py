@@ -42,8 +42,8 @@ def _build_step(device: str, root: Path) -> Step:
 
 
 def implementations(device: str) -> list[str]:
-    """Names of the tests' `impl` parameter that differ on this device. On CUDA the op is the extension's kernels and what
-    they hand on; the extension may be built by this very run, so nothing is asked of it here."""
+    """Names of the tests' `impl` parameter that differ on this device. On CUDA the op is the extension's kernels and
+    what they hand on; the extension may be built by this very run, so nothing is asked of it here."""
     if device == "cpu":
         return ["op", "reference"]
     return ["op[cuda]", *(["triton[cuda]"] if native.HAS_TRITON else []), "reference[cuda]"]

@@ -88,6 +88,8 @@ def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
     if x.dim() < 1:
         _refuse("x", x, "at least one dimension, [..., K]")
     K = x.shape[-1]
+    if weight is not None and lora_a.dim() == weight.dim() == 2 and weight.shape[1] == lora_a.shape[1] != K:
+        _refuse("x", x, f"[..., {weight.shape[1]}] to match weight {list(weight.shape)}")
     if lora_a.dim() != 2 or lora_a.shape[1] != K:
         _refuse("lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
     R = lora_a.shape[0]
