@@ -1,4 +1,5 @@
-// Thin wrappers around the Hopper PTX this GEMM uses. Names in brackets are sections of the PTX ISA manual.
+// Thin wrappers around the PTX of the Hopper kernels; wgmma is in sm90_wgmma.cuh. Names in brackets are sections of the
+// PTX ISA manual. Addresses of type uint32_t are shared memory's, as smem_address gives them.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace lora_sm90 {
+namespace peft_kernels {
+namespace sm90 {
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -17,7 +19,7 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 // ---- mbarriers [Parallel Synchronization and Communication Instructions: mbarrier] ----
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // Makes the inits visible to the async proxy and to the other CTAs of the cluster.
@@ -45,10 +47,35 @@ __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity) {
   return done != 0;
 }
 
-// Returns once the phase with this parity has completed.
+__device__ __forceinline__ bool barrier_try_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Returns once the phase with this parity has completed. For data of this CTA's threads or of TMA: it acquires in the
+// CTA's scope.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (!barrier_try(barrier, parity)) {
   }
+}
+
+// The same for data that other CTAs of the cluster wrote: it acquires in the cluster's scope.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  while (!barrier_try_cluster(barrier, parity)) {
+  }
+}
+
+// Barrier ID (0 is __syncthreads) of THREADS threads, whole warps [bar].
+template <int ID, int THREADS>
+__device__ __forceinline__ void named_barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
 // ---- TMA [Data Movement and Conversion Instructions: cp.async.bulk.tensor] ----
@@ -57,8 +84,8 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies a box of the map's matrix, its first element at column x and row y, to shared memory; its bytes are counted off
-// the barrier. What lies outside the matrix arrives as zeros and counts too.
+// Copies a box of the map's matrix, its first element at column x and row y, to shared memory; its bytes are counted
+// off the barrier. What lies outside the matrix arrives as zeros and counts too.
 __device__ __forceinline__ void tma_load(uint32_t target, const CUtensorMap* map, uint32_t barrier, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -80,51 +107,105 @@ __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
-// Orders ordinary shared memory writes before the async proxy's (the TMA store's) reads [fence.proxy.async].
+// Orders ordinary shared memory writes before the async proxy's reads: a TMA store's, wgmma's [fence.proxy.async].
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
-// ---- fragments ----
+// ---- this CTA's shared memory [ld, st] ----
 
-// Four 8x8 matrices of 16-bit values; lanes 8i .. 8i + 7 give the row addresses of matrix i [stmatrix].
-__device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
-               "r"(d)
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t source) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(source) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_word(uint32_t target, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(target), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void load_shared(float (&v)[2], uint32_t source) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(source) : "memory");
+}
+
+__device__ __forceinline__ void load_shared(float (&v)[4], uint32_t source) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(source)
                : "memory");
 }
 
-template <typename T>
-struct Half;
+// ---- clusters [barrier.cluster, mapa, st.async] ----
 
-template <>
-struct Half<__nv_bfloat16> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-  }
-};
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 
-template <>
-struct Half<__half> {
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-  }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  }
-};
+// For all threads of all CTAs of the cluster; orders their accesses to each other's shared memory.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 
-// ---- wgmma [Asynchronous Warpgroup Level Matrix Instructions] ----
+// The two halves of a cluster_sync that publishes nothing: every thread of the cluster arrives once and waits once.
+// Relaxed is enough after fence_barrier_init, which has published the barriers; a release would cost a fence of the
+// whole GPU's memory before the first load.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
+// The address of the same shared memory in another CTA of the cluster.
+__device__ __forceinline__ uint32_t address_in_cta(uint32_t address, uint32_t cta) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(cta));
+  return remote;
+}
+
+// Four floats at this CTA's shared address, but in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ float4 load_from_cta(uint32_t source, uint32_t cta) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(source), "r"(cta)
+      : "memory");
+  return v;
+}
+
+// Writes into another CTA's shared memory and counts the bytes on the barrier there. An illegal instruction outside a
+// cluster.
+__device__ __forceinline__ void store_async(uint32_t target, uint32_t barrier, const float (&v)[2]) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(target),
+               "f"(v[0]), "f"(v[1]), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t target, uint32_t barrier, const float (&v)[4]) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
+}
+
+// ---- programmatic dependent launch [griddepcontrol] ----
+
+// Returns when the kernels before this one are complete and their writes visible; at once in an ordinary launch.
+__device__ __forceinline__ void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel's CTAs take their places as this one's leave room. It still waits for this one's end, as above.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// ---- registers [setmaxnreg] ----
+
+// For every warp of a warpgroup: its threads have COUNT registers from here on.
 template <int COUNT>
 __device__ __forceinline__ void registers_give_back() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -135,65 +216,107 @@ __device__ __forceinline__ void registers_claim() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Before the first wgmma, and again after any ordinary access to its registers.
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// ---- fragments [ldmatrix, stmatrix, mma.m16n8k16] ----
 
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// Matrix descriptor [Matrix Descriptor Format]: address, leading and stride offsets in 16-byte units; 1 << 62 is the
-// 128-byte swizzle, whose atom is 8 rows of 128 bytes (so every tile starts at a multiple of 1024).
-//   K-major: a row is 64 k of one m or n; the stride offset leads to the next 8 rows; no leading offset.
-//   MN-major: a row is 64 n of one k; the stride offset leads to the next 8 k, the leading one to the next 64 n.
-constexpr __host__ __device__ uint64_t matrix_descriptor(uint32_t leading_bytes, uint32_t stride_bytes) {
-  return (1ull << 62) | (static_cast<uint64_t>(stride_bytes >> 4) << 32) |
-         (static_cast<uint64_t>(leading_bytes >> 4) << 16);
-}
-
-// The address field has 14 bits. In a cluster a shared address carries the CTA's rank above bit 23: cut it off.
-__device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffffu) >> 4; }
-
-#define LORA_ACC8(d, i) \
-  "+f"((d)[(i)]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3]), "+f"((d)[(i) + 4]), "+f"((d)[(i) + 5]), \
-      "+f"((d)[(i) + 6]), "+f"((d)[(i) + 7])
-#define LORA_ACC32(d, i) LORA_ACC8(d, i), LORA_ACC8(d, (i) + 8), LORA_ACC8(d, (i) + 16), LORA_ACC8(d, (i) + 24)
-#define LORA_ACC128(d) LORA_ACC32(d, 0), LORA_ACC32(d, 32), LORA_ACC32(d, 64), LORA_ACC32(d, 96)
-
-// Waits for every wgmma. Naming the accumulator keeps the compiler from reading it earlier.
-__device__ __forceinline__ void wgmma_finish(float (&d)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : LORA_ACC128(d)::"memory");
-}
-
-#define LORA_WGMMA(TYPE)                                                                        \
-  asm volatile(                                                                                 \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                             \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"                         \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
-      "}, %128, %129, p, 1, 1, 0, %131;\n}"                                                     \
-      : LORA_ACC128(d)                                                                          \
-      : "l"(a), "l"(b), "r"(keep), "n"(B_MN_MAJOR))
-
-// d [64, 256] = (keep ? d : 0) + a [64, 16] @ b [16, 256]; b is K-major unless B_MN_MAJOR is 1.
-template <typename T, int B_MN_MAJOR>
-__device__ __forceinline__ void wgmma_64x256x16(float (&d)[128], uint64_t a, uint64_t b, int keep) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    LORA_WGMMA("bf16");
+// 8x8 matrices of 16-bit values; lanes 8i .. 8i + 7 give the row addresses of matrix i. Plain: lane l receives row
+// l / 4, columns 2 (l % 4) and the next. Transposed: rows 2 (l % 4) and the next of column l / 4.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_4_matrices(uint32_t (&v)[4], uint32_t row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
   } else {
-    LORA_WGMMA("f16");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(row)
+                 : "memory");
   }
 }
 
-#undef LORA_WGMMA
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_2_matrices(uint32_t& v0, uint32_t& v1, uint32_t row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(v0), "=r"(v1)
+                 : "r"(row)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(v0), "=r"(v1) : "r"(row) : "memory");
+  }
+}
 
-}  // namespace lora_sm90
+// The way back of a plain load_4_matrices.
+__device__ __forceinline__ void store_4_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+// d [16, 8] += a [16, 16] @ b [16, 8]. With q = lane / 4, p = 2 (lane % 4), lane holds
+//   a[i]: row q + 8 (i % 2), columns p + 8 (i / 2) and the next
+//   b0, b1: rows p (+ 8 for b1) and the next, column q
+//   d[2 h + e]: row q + 8 h, column p + e
+template <typename T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// ---- pairs of 16-bit values in a register ----
+
+// Rounds two floats into one register of two T.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  } else {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+}
+
+template <typename T>
+constexpr uint32_t kPairOfOnes = std::is_same_v<T, __nv_bfloat16> ? 0x3f803f80u : 0x3c003c00u;
+
+// All ones in the low 16 bits if the top bit of byte BYTE of `low` is set, in the high 16 bits by the same byte of
+// `high` [prmt: bit 3 of a selector nibble spreads the byte's sign].
+template <int BYTE>
+__device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high) {
+  constexpr uint32_t kSelector = (8 + BYTE) * 0x11 + (12 + BYTE) * 0x1100;
+  uint32_t pair;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(low), "r"(high), "n"(kSelector));
+  return pair;
+}
+
+// One 32 x 32 -> 64-bit multiply. Written as uint64_t arithmetic, ptxas adds a zero to every high word.
+__device__ __forceinline__ void multiply_wide(uint32_t& high, uint32_t& low, uint32_t a, uint32_t b) {
+  asm("{\n.reg .b64 product;\nmul.wide.u32 product, %2, %3;\nmov.b64 {%0, %1}, product;\n}"
+      : "=r"(low), "=r"(high)
+      : "r"(a), "r"(b));
+}
+
+}  // namespace sm90
+}  // namespace peft_kernels

@@ -84,7 +84,7 @@ struct ColumnMask {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = 2 * (lane % 4) + i % 2 + 8 * (i / 2);
-      rows[i] = load_shared(first_row + 16 * row) << (7 - lane / 4);
+      rows[i] = load_shared_word(first_row + 16 * row) << (7 - lane / 4);
     }
   }
 
@@ -122,7 +122,7 @@ __device__ __forceinline__ void multiply_da(float (&acc)[2][PADDED_R / 8][4], ui
     uint32_t g0, g1;
     load_2_matrices<true>(g0, g1, box_g + Shape::chunk_of_g(row_g, 0));
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) multiply<T>(acc[tile][0], x[tile], g0, g1);
+    for (int tile = 0; tile < 2; ++tile) mma_16x8x16<T>(acc[tile][0], x[tile], g0, g1);
   } else {
 #pragma unroll
     for (int n = 0; n < PADDED_R / 8; n += 2) {  // matrices: both halves of the rows for eight of R, then the next
@@ -130,8 +130,8 @@ __device__ __forceinline__ void multiply_da(float (&acc)[2][PADDED_R / 8][4], ui
       load_4_matrices<true>(g, box_g + Shape::chunk_of_g(row_g, n + matrix / 2));
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        multiply<T>(acc[tile][n], x[tile], g[0], g[1]);
-        multiply<T>(acc[tile][n + 1], x[tile], g[2], g[3]);
+        mma_16x8x16<T>(acc[tile][n], x[tile], g[0], g[1]);
+        mma_16x8x16<T>(acc[tile][n + 1], x[tile], g[2], g[3]);
       }
     }
   }

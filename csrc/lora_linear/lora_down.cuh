@@ -79,7 +79,7 @@ __device__ __forceinline__ void multiply_down(DownSums<PADDED_R>& acc, uint32_t 
     uint32_t a0, a1;
     load_2_matrices<false>(a0, a1, box_a + swizzled(lane % 8, kChunk + matrix % 2));
 #pragma unroll
-    for (int tile = 0; tile < Shape::kTiles; ++tile) multiply<T>(acc[tile][0], x[tile], a0, a1);
+    for (int tile = 0; tile < Shape::kTiles; ++tile) mma_16x8x16<T>(acc[tile][0], x[tile], a0, a1);
   } else {
 #pragma unroll
     for (int n = 0; n < PADDED_R / 8; n += 2) {  // matrices: both halves of the columns for eight rows, then the next
@@ -87,8 +87,8 @@ __device__ __forceinline__ void multiply_down(DownSums<PADDED_R>& acc, uint32_t 
       load_4_matrices<false>(a, box_a + swizzled(8 * n + 8 * (matrix / 2) + lane % 8, kChunk + matrix % 2));
 #pragma unroll
       for (int tile = 0; tile < Shape::kTiles; ++tile) {
-        multiply<T>(acc[tile][n], x[tile], a[0], a[1]);
-        multiply<T>(acc[tile][n + 1], x[tile], a[2], a[3]);
+        mma_16x8x16<T>(acc[tile][n], x[tile], a[0], a[1]);
+        mma_16x8x16<T>(acc[tile][n + 1], x[tile], a[2], a[3]);
       }
     }
   }

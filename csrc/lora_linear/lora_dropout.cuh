@@ -1,9 +1,11 @@
 // The packed dropout mask on the GPU: Philox4x32-7 in registers, and bits applied to mma fragments.
 #pragma once
 
-#include "lora_x_ptx.cuh"
+#include "../common/sm90_ptx.cuh"
 
 namespace lora_passes {
+
+using namespace peft_kernels::sm90;
 
 struct Dropout {
   const long long* seed;
@@ -20,13 +22,6 @@ struct Key {
 __device__ __forceinline__ Key load_key(const long long* seed) {
   const unsigned long long value = static_cast<unsigned long long>(*seed);
   return {static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)};
-}
-
-// One 32 x 32 -> 64-bit multiply. Written as uint64_t arithmetic, ptxas adds a zero to every high word.
-__device__ __forceinline__ void multiply_wide(uint32_t& high, uint32_t& low, uint32_t a, uint32_t b) {
-  asm("{\n.reg .b64 product;\nmul.wide.u32 product, %2, %3;\nmov.b64 {%0, %1}, product;\n}"
-      : "=r"(low), "=r"(high)
-      : "r"(a), "r"(b));
 }
 
 // Mask bits of eight neighbours, in the lowest byte: csrc/common/philox.h's mask_byte. A bit is set where its 16-bit

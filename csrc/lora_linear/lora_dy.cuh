@@ -10,9 +10,12 @@
 // leaves partial sums in global memory only where one cluster is narrower than dy, and db one per row part.
 #pragma once
 
-#include "lora_dy_ptx.cuh"
+#include "../common/sm90_ptx.cuh"
+#include "../common/sm90_wgmma.cuh"
 
 namespace lora_dy {
+
+using namespace peft_kernels::sm90;
 
 constexpr int kStepRows = 64;
 constexpr int kWarpgroups = 2;
@@ -197,8 +200,9 @@ __device__ __forceinline__ void multiply_stage(Sums<RP, CH>& sums, const Layout<
   constexpr uint64_t kRowsOfSum = matrix_descriptor(1, 1024, 1024);
   constexpr uint64_t kDescriptorB = k_rows_descriptor<L::kHalf>(kChunk);
   constexpr uint64_t kDescriptorS = k_rows_descriptor<RP>(kStepRows);
-  constexpr int kStepB = 16 * Rows<L::kHalf>::kBytes >> 4, kStepS = 16 * Rows<RP>::kBytes >> 4;  // 16 k further
-  constexpr int kStepColumns = 32 >> 4, kStepRows16 = 16 * 128 >> 4;                             // the same in dy
+  constexpr int kStepB = 16 * OperandRows<L::kHalf>::kBytes >> 4;     // 16 k further
+  constexpr int kStepS = 16 * OperandRows<RP>::kBytes >> 4;
+  constexpr int kStepColumns = 32 >> 4, kStepRows16 = 16 * 128 >> 4;  // the same in dy
   wgmma_fence();
 #pragma unroll
   for (int which = 0; which < kWarpgroups; ++which) {
@@ -206,16 +210,16 @@ __device__ __forceinline__ void multiply_stage(Sums<RP, CH>& sums, const Layout<
     const uint64_t b = kDescriptorB | descriptor_address(shared.b(at.group, 2 * J + which));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma<T, 0>(sums.g, a + k * kStepColumns, b + k * kStepB, J + which + k > 0);
+      wgmma<T, Major::kK, Major::kMN>(sums.g, a + k * kStepColumns, b + k * kStepB, J + which + k > 0);
     }
   }
   const uint64_t a = kRowsOfSum | descriptor_address(shared.box(stage, at.group));
   const uint64_t s = kDescriptorS | descriptor_address(shared.s(slot));
   const uint64_t ones = matrix_descriptor(0, 128, 128) | descriptor_address(shared.ones());
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma<T, 1>(sums.db[J], a + k * kStepRows16, s + k * kStepS, 1);
+  for (int k = 0; k < 4; ++k) wgmma<T, Major::kMN, Major::kMN>(sums.db[J], a + k * kStepRows16, s + k * kStepS, 1);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma<T, 1>(sums.dbias[J], a + k * kStepRows16, ones, 1);
+  for (int k = 0; k < 4; ++k) wgmma<T, Major::kMN, Major::kMN>(sums.dbias[J], a + k * kStepRows16, ones, 1);
   wgmma_commit();
 }
 
@@ -243,7 +247,7 @@ __device__ __forceinline__ void multiply_step(Sums<RP, CH>& sums, const Problem&
   if (problem.db.data != nullptr) barrier_wait(shared.s_full(slot), step / 2 & 1);
   multiply_stages<T, 0>(sums, shared, ring, slot, at);
   wgmma_wait<0>();
-  settle(sums.g);
+  wgmma_settle(sums.g);
   if (at.lane == 0) {
     barrier_arrive(shared.empty(ring.previous()));
     barrier_arrive(shared.s_empty(slot));
@@ -263,12 +267,12 @@ __device__ __forceinline__ void store_pair(const Output& out, int part, long lon
   if (out.fp32) {
     reinterpret_cast<float2*>(out.data)[at / 2] = make_float2(low, high);
   } else {
-    reinterpret_cast<uint32_t*>(out.data)[at / 2] = Half<T>::pack(low, high);
+    reinterpret_cast<uint32_t*>(out.data)[at / 2] = pack<T>(low, high);
   }
 }
 
 // All consumers, none of the producer's warp (barrier 0 is __syncthreads).
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory"); }
+__device__ __forceinline__ void consumers_sync() { named_barrier_sync<1, kConsumerThreads>(); }
 
 // The exchange of g inside the cluster. Eight rows at a time have one owner: rows 8 * i of a step belong to CTA
 // i * cluster / 8. Its slot holds [source][row group of the owner][unit of a warp][lane] vectors of the accumulators,
@@ -297,14 +301,15 @@ struct Exchange {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int group = 2 * at.warp + h, owner = group * size / 8;
-      const uint32_t remote_barrier = address_at(barrier, owner);
-      const uint32_t target = address_at(slot + offset(rank, group & (groups - 1), at.group * kUnits, at.lane), owner);
+      const uint32_t remote_barrier = address_in_cta(barrier, owner);
+      const uint32_t at_home = slot + offset(rank, group & (groups - 1), at.group * kUnits, at.lane);
+      const uint32_t target = address_in_cta(at_home, owner);
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         float values[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] = acc[4 * (unit * kPairs + i / 2) + 2 * h + i % 2];
-        store_remote(target + unit * 32 * kVector * 4, remote_barrier, values);
+        store_async(target + unit * 32 * kVector * 4, remote_barrier, values);
       }
     }
   }
@@ -401,11 +406,11 @@ __device__ __forceinline__ void consume(const Problem& problem, const Layout<RP,
     }
     exchange.send(sums.g, shared.g(step % 2), shared.g_full(step % 2), at);
   }
-  launch_dependents();
+  let_next_kernel_start();
 #pragma unroll
   for (int j = 0; j < CH; ++j) {
-    settle(sums.db[j]);
-    settle(sums.dbias[j]);
+    wgmma_settle(sums.db[j]);
+    wgmma_settle(sums.dbias[j]);
   }
   if (problem.db.data != nullptr) store_db<T>(sums, problem, share, at);
   if (problem.dbias.data != nullptr) store_dbias(sums, problem, share, at);
@@ -436,7 +441,7 @@ __device__ __forceinline__ void prepare(const Maps& maps, const Layout<RP, CH>& 
     fence_barrier_init();
   }
   if (threadIdx.x < 128) {  // 16 x 8 ones, twice
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared.ones() + 4 * threadIdx.x), "r"(Half<T>::kOnes) : "memory");
+    store_shared_word(shared.ones() + 4 * threadIdx.x, kPairOfOnes<T>);
     fence_async_proxy();
   }
   __syncthreads();
@@ -448,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t memory[];
   const Layout<RP, CH> shared(memory);
   prepare<T>(maps, shared);
-  if (cluster > 1) cluster_arrive();  // without a cluster this would be a barrier of the CTA
+  if (cluster > 1) cluster_arrive_relaxed();  // without a cluster this would be a barrier of the CTA
   if (threadIdx.x < kConsumerThreads) {
     registers_claim<kConsumerRegisters>();
     consume<T>(problem, shared, cluster);

@@ -2,21 +2,16 @@
 #include "lora_dy.cuh"
 #include "lora_dy_sum.cuh"
 
+#include "../common/sm90_host.h"
 #include "lora_dy_sm90.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 
 namespace {
 
 using namespace lora_dy;
-
-constexpr int kMaxDevices = 64;
-constexpr long long kMost = 1ll << 30;  // coordinates are 32-bit
-
-long long blocks(long long length, long long block) { return (length + block - 1) / block; }
 
 // ---- the plan ----
 
@@ -55,20 +50,13 @@ struct Cut {
   long long floats(const Sizes& sizes) const { return g_floats(sizes) + db_floats(sizes) + dbias_floats(sizes); }
 };
 
-// Clusters that run at once: the 132 SMs of an H100 lie in groups of 16 or 18, some with fewer, and hold 15 clusters of 8
-// or 30 of 4 (asked of the driver; boards differ). One cluster too many takes as long as all the others.
-int slots(int cluster, int sm_count) {
-  if (cluster <= 2 || sm_count < 16) return std::max(1, sm_count / cluster);
-  return std::max(1, sm_count * 15 / 132 * 8 / cluster);
-}
-
 // An estimate in ns. Main kernel: the slowest of DRAM, one CTA's TMA, and one CTA's products and exchanges; then the
 // partial sums, written and read mostly in L2, and the second kernel's start.
 double cost(const Sizes& sizes, const Cut& cut, int sm_count) {
   const double rp = padded_rank(sizes.R);
   const int stages = stages_of(cut.chunks);
   const long long clusters = cut.column_parts * cut.row_parts;
-  const double waves = static_cast<double>(blocks(clusters, slots(cut.cluster, sm_count)));
+  const double waves = static_cast<double>(blocks(clusters, resident_clusters(cut.cluster, 1, sm_count)));
   const double bytes = static_cast<double>(cut.span) * cut.chunks * kBoxBytes;
   const double busy = std::min<double>(static_cast<double>(clusters) * cut.cluster / waves, sm_count);
   const double dram = bytes * busy / 3000, tma = bytes / 45;
@@ -87,7 +75,7 @@ LoraDyPlan choose_plan(const Sizes& sizes, int sm_count) {
     for (const int chunks : kChunks) {
       if (chunks > 4 && sizes.R > 64) continue;
       const long long columns = blocks(sizes.N, static_cast<long long>(chunks) * kChunk * cluster);
-      const long long at_once = std::max<long long>(1, slots(cluster, sm_count) / columns);
+      const long long at_once = std::max<long long>(1, resident_clusters(cluster, 1, sm_count) / columns);
       for (const long long parts : {at_once, at_once / 2, 2 * at_once}) {
         LoraDyPlan plan{cluster, chunks, static_cast<int>(std::min(std::max(parts, 1ll), sizes.tiles()))};
         const Cut cut(sizes, plan);
@@ -108,62 +96,13 @@ bool usable(const LoraDyPlan& plan, long long R) {
 
 // ---- tensor maps ----
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Looked up at run time, so that the library needs no -lcuda.
-EncodeTiled encode_tiled() {
-  static std::atomic<EncodeTiled> known{nullptr};
-  EncodeTiled encode = known.load(std::memory_order_acquire);
-  if (encode != nullptr) return encode;
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  encode = reinterpret_cast<EncodeTiled>(symbol);
-  known.store(encode, std::memory_order_release);
-  return encode;
-}
-
-struct Matrix {
-  const void* data;
-  long long rows, columns, pitch;  // in elements
-
-  bool usable() const {
-    return data != nullptr && pitch % 8 == 0 && pitch >= columns && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
-};
-
-CUtensorMapSwizzle swizzle_of(int columns) {
-  return columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-         : columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-         : columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
-                         : CU_TENSOR_MAP_SWIZZLE_NONE;
-}
-
-// Boxes of 64 rows; their columns say the swizzle, as lora_dy::Rows has it. Outside the matrix they read zeros.
-bool make_map(CUtensorMap* map, const Matrix& matrix, int dtype, int columns) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr || !matrix.usable()) return false;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t pitches[] = {static_cast<cuuint64_t>(matrix.pitch) * 2};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), 64};
-  const cuuint32_t strides[] = {1, 1};
-  const CUtensorMapDataType type = dtype == 0 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode(map, type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, strides,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(columns), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Inputs that no wanted output needs are not looked at: their maps are never used.
 bool make_maps(Maps* maps, const LoraDy& a) {
   const int rp = padded_rank(a.R);
-  if (!make_map(&maps->dy, {a.dy, a.M, a.N, a.ld_dy}, a.dtype, kChunk)) return false;
+  if (!make_map(&maps->dy, {a.dy, a.M, a.N, a.ld_dy, a.dtype}, kChunk, kStepRows)) return false;
   maps->b = maps->s = maps->dy;
-  if (a.g != nullptr && !make_map(&maps->b, {a.b, a.N, a.R, a.ld_b}, a.dtype, rp / 2)) return false;
-  return a.db == nullptr || make_map(&maps->s, {a.s, a.M, a.R, a.R}, a.dtype, std::min(rp, kChunk));
+  if (a.g != nullptr && !make_map(&maps->b, {a.b, a.N, a.R, a.ld_b, a.dtype}, rp / 2, kChunk)) return false;
+  return a.db == nullptr || make_map(&maps->s, {a.s, a.M, a.R, a.R, a.dtype}, std::min(rp, kChunk), kStepRows);
 }
 
 // ---- launches ----
@@ -192,30 +131,10 @@ Problem make_problem(const LoraDy& a, const Sizes& sizes, const Cut& cut) {
 }
 
 template <typename T, int RP, int CH>
-cudaError_t prepare_kernel() {
-  static std::atomic<bool> ready[kMaxDevices];  // racing threads set the attribute twice, which does no harm
-  int device = 0;
-  const cudaError_t found = cudaGetDevice(&device);
-  if (found != cudaSuccess) return found;
-  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  if (ready[device].load(std::memory_order_acquire)) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(lora_dy_kernel<T, RP, CH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 Layout<RP, CH>::kShared);
-  if (error == cudaSuccess) ready[device].store(true, std::memory_order_release);
-  return error;
-}
-
-cudaLaunchAttribute cluster_attribute(int cluster) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return attribute;
-}
-
-template <typename T, int RP, int CH>
 cudaError_t launch(const Maps& maps, const Problem& problem, const Cut& cut, cudaStream_t stream) {
-  const cudaError_t error = prepare_kernel<T, RP, CH>();
+  const auto kernel = lora_dy_kernel<T, RP, CH>;
+  static SharedAllowed allowed;
+  const cudaError_t error = allow_shared(kernel, Layout<RP, CH>::kShared, allowed);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster = cluster_attribute(cut.cluster);
   cudaLaunchConfig_t config{};
@@ -225,7 +144,7 @@ cudaError_t launch(const Maps& maps, const Problem& problem, const Cut& cut, cud
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;  // of one CTA too: st.async is an illegal instruction outside a cluster
-  return cudaLaunchKernelEx(&config, lora_dy_kernel<T, RP, CH>, maps, problem, cut.cluster);
+  return cudaLaunchKernelEx(&config, kernel, maps, problem, cut.cluster);
 }
 
 template <typename T>
@@ -268,9 +187,7 @@ unsigned make_jobs(SumJobs* jobs, const LoraDy& a, const Problem& problem, const
 
 // Starts while the main kernel ends, and waits there for its last write (programmatic dependent launch).
 cudaError_t launch_sum(const SumJobs& jobs, unsigned grid, cudaStream_t stream) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early = early_start_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(kSumThreads);
@@ -282,9 +199,8 @@ cudaError_t launch_sum(const SumJobs& jobs, unsigned grid, cudaStream_t stream) 
 
 bool sensible(const LoraDy& a) {
   const bool sizes = a.M >= 1 && a.N >= 8 && a.N % 8 == 0 && a.R >= 8 && a.R % 8 == 0 && a.R <= 128;
-  const bool limits = a.M <= kMost && a.N <= kMost && a.dtype >= 0 && a.dtype <= 1;
-  auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  const bool pointers = aligned(a.g) && aligned(a.db) && aligned(a.dbias) && aligned(a.workspace);
+  const bool limits = a.M <= kMostCoordinate && a.N <= kMostCoordinate && a.dtype >= 0 && a.dtype <= 1;
+  const bool pointers = aligned(a.g, 16) && aligned(a.db, 16) && aligned(a.dbias, 16) && aligned(a.workspace, 16);
   return sizes && limits && pointers && (a.g != nullptr || a.db != nullptr || a.dbias != nullptr);
 }
 

@@ -1,9 +1,11 @@
 // The second kernel of the dy pass: adds up the partial sums of all its outputs, in a fixed order.
 #pragma once
 
-#include "lora_dy_ptx.cuh"
+#include "../common/sm90_ptx.cuh"
 
 namespace lora_dy {
+
+using namespace peft_kernels::sm90;
 
 struct SumJob {
   const float* parts;   // [count, 4 * size]
@@ -24,15 +26,15 @@ __device__ __forceinline__ void store_sum(const SumJob& job, long long at, const
   if (job.kind == 2) {
     static_cast<float4*>(job.out)[at] = v;
   } else if (job.kind == 1) {
-    static_cast<uint2*>(job.out)[at] = {Half<__half>::pack(v.x, v.y), Half<__half>::pack(v.z, v.w)};
+    static_cast<uint2*>(job.out)[at] = {pack<__half>(v.x, v.y), pack<__half>(v.z, v.w)};
   } else {
-    static_cast<uint2*>(job.out)[at] = {Half<__nv_bfloat16>::pack(v.x, v.y), Half<__nv_bfloat16>::pack(v.z, v.w)};
+    static_cast<uint2*>(job.out)[at] = {pack<__nv_bfloat16>(v.x, v.y), pack<__nv_bfloat16>(v.z, v.w)};
   }
 }
 
 // out = scale * parts.sum(0) for up to three outputs, part after part; a batch of loads is in flight at once.
 __global__ void __launch_bounds__(kSumThreads) lora_dy_sum_kernel(const __grid_constant__ SumJobs jobs) {
-  wait_for_previous();
+  wait_for_previous_kernels();
   const int which = blockIdx.x < jobs.blocks[0] ? 0 : blockIdx.x < jobs.blocks[1] ? 1 : 2;
   const SumJob& job = jobs.job[which];
   const unsigned block = blockIdx.x - (which == 0 ? 0 : jobs.blocks[which - 1]);

@@ -10,8 +10,11 @@
 #pragma once
 
 #include "../common/sm90_ptx.cuh"
+#include "../common/sm90_wgmma.cuh"
 
 namespace lora_sm90 {
+
+using namespace peft_kernels::sm90;
 
 constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
 constexpr int kStages = 4;
@@ -179,16 +182,18 @@ __device__ __forceinline__ void release(const Shared& shared, uint32_t stage, in
 template <typename T, bool Q_TRANSPOSED, int STEPS>
 __device__ __forceinline__ void multiply_steps(float (&acc)[128], const Shared& shared, uint32_t stage, int group,
                                                bool keep) {
-  constexpr uint64_t kMajorK = matrix_descriptor(16, 8 * kRowBytes);
-  constexpr uint64_t kMajorN = matrix_descriptor(kAtomBytes, 8 * kRowBytes);
+  constexpr uint64_t kSwizzle = OperandRows<64>::kSwizzle;
+  constexpr uint64_t kRowsOfK = matrix_descriptor(kSwizzle, 16, 8 * kRowBytes);
+  constexpr uint64_t kRowsOfN = matrix_descriptor(kSwizzle, kAtomBytes, 8 * kRowBytes);
+  constexpr Major kMajorB = Q_TRANSPOSED ? Major::kK : Major::kMN;
   constexpr int kStepA = 32 >> 4;                                        // 16 k further along the row
   constexpr int kStepB = Q_TRANSPOSED ? kStepA : (16 * kRowBytes) >> 4;  // or 16 rows of one k each
-  const uint64_t a = kMajorK | descriptor_address(shared.a(stage) + group * 64 * kRowBytes);
-  const uint64_t b = (Q_TRANSPOSED ? kMajorK : kMajorN) | descriptor_address(shared.b(stage));
+  const uint64_t a = kRowsOfK | descriptor_address(shared.a(stage) + group * 64 * kRowBytes);
+  const uint64_t b = (Q_TRANSPOSED ? kRowsOfK : kRowsOfN) | descriptor_address(shared.b(stage));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    wgmma_64x256x16<T, !Q_TRANSPOSED>(acc, a + step * kStepA, b + step * kStepB, keep || step > 0);
+    wgmma<T, Major::kK, kMajorB>(acc, a + step * kStepA, b + step * kStepB, keep || step > 0);
   }
   wgmma_commit();
 }
@@ -251,7 +256,7 @@ __device__ __forceinline__ void scale(float (&acc)[128], float alpha, const uint
 template <typename T>
 __device__ __forceinline__ float2 unpack_bias(float2 pair) { return pair; }
 template <typename T>
-__device__ __forceinline__ float2 unpack_bias(uint32_t pair) { return Half<T>::unpack(pair); }
+__device__ __forceinline__ float2 unpack_bias(uint32_t pair) { return unpack<T>(pair); }
 
 // acc += bias, from `column` on: this thread's first. Loads are batched, each batch one wait.
 template <typename T, typename Raw>
@@ -280,7 +285,7 @@ __device__ __forceinline__ void add_bias(float (&acc)[128], const void* bias, in
 template <typename T>
 __device__ __forceinline__ void round_tile(const float (&acc)[128], uint32_t (&out)[64]) {
 #pragma unroll
-  for (int i = 0; i < 64; ++i) out[i] = Half<T>::pack(acc[2 * i], acc[2 * i + 1]);
+  for (int i = 0; i < 64; ++i) out[i] = pack<T>(acc[2 * i], acc[2 * i + 1]);
 }
 
 // Sends PIECES of 64 columns of this warp's 16 rows from `out` to c, each through one of two swizzled buffers of the
@@ -300,7 +305,8 @@ __device__ __forceinline__ void store_pieces(const Maps& maps, const Shared& sha
     for (int pair = 0; pair < 4; ++pair) {
       const int chunk = 2 * pair + matrix / 2;  // of 8 columns; the swizzle moves it by the row
       const uint32_t* values = out + 16 * piece + 4 * pair;
-      store_matrices(buffer + row * kRowBytes + ((chunk ^ (row % 8)) << 4), values[0], values[1], values[2], values[3]);
+      const uint32_t target = buffer + row * kRowBytes + ((chunk ^ (row % 8)) << 4);
+      store_4_matrices(target, values[0], values[1], values[2], values[3]);
     }
     fence_async_proxy();
     __syncwarp();

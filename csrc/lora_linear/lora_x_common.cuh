@@ -7,9 +7,11 @@
 // added in a fixed order through shared memory, so the bits do not depend on timing.
 #pragma once
 
-#include "lora_x_ptx.cuh"
+#include "../common/sm90_ptx.cuh"
 
 namespace lora_passes {
+
+using namespace peft_kernels::sm90;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;             // those that multiply

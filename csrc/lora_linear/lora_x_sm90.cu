@@ -4,18 +4,15 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
+#include <type_traits>
 
+#include "../common/sm90_host.h"
 #include "lora_da.cuh"
 #include "lora_down.cuh"
 
 namespace {
 
 using namespace lora_passes;
-
-constexpr int kMaxDevices = 64;
-
-long long blocks(long long length, int block) { return (length + block - 1) / block; }
 
 // ---- plans ----
 
@@ -26,11 +23,6 @@ struct Plan {
   int ctas;         // per tile: a cluster shares the stages
 };
 
-// Clusters that run at once, as lora_dy_sm90.cu has it.
-long long resident(int ctas, int per_sm, int sm_count) {
-  return per_sm * std::max(1, ctas <= 2 ? sm_count / ctas : sm_count * 15 / 132 * 8 / ctas);
-}
-
 // An estimate in ns for x's `bytes`: each wave of clusters takes its share at the memory's rate, or at a CTA's where few
 // are left, and a start. Measured on an H100 at K=4096, clusters of 8: dlora_a at M=8192, R=64 30.2 us, down at M=2048,
 // R=64 18.0 us; it says 45 and 17.
@@ -40,7 +32,7 @@ double estimate(long long tiles, int ctas, double bytes, long long R, int per_sm
   const double per_cta = bytes / static_cast<double>(tiles * ctas);
   double ns = 0;
   for (long long left = tiles; left > 0;) {
-    const long long running = std::min(left, resident(ctas, per_sm, sm_count)), waves = left / running;
+    const long long running = std::min(left, resident_clusters(ctas, per_sm, sm_count)), waves = left / running;
     ns += waves * (kStart + per_cta / std::min(cta, kMemory / static_cast<double>(running * ctas)));
     left -= waves * running;
   }
@@ -73,91 +65,15 @@ Plan plan_da(long long M, long long K, long long R, int sm_count) {
   return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, 16, 1, sm_count)};
 }
 
-// ---- tensor maps ----
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Looked up at run time, so that the library needs no -lcuda.
-EncodeTiled encode_tiled() {
-  static std::atomic<EncodeTiled> known{nullptr};
-  EncodeTiled encode = known.load(std::memory_order_acquire);
-  if (encode != nullptr) return encode;
-  void* symbol = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  encode = reinterpret_cast<EncodeTiled>(symbol);
-  known.store(encode, std::memory_order_release);
-  return encode;
-}
-
-constexpr int kBytes = 2;  // a dtype beside 0 and 1: the mask's
-
-struct Matrix {
-  const void* data;
-  long long rows, columns, pitch;  // in elements
-  int dtype;
-
-  int element() const { return dtype == kBytes ? 1 : 2; }
-  bool usable() const {
-    return rows > 0 && columns > 0 && pitch * element() % 16 == 0 && pitch >= columns &&
-           reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
-};
-
-// Boxes of box_columns (16, 32, 64 or 128 bytes, swizzled over that width) by box_rows; zeros outside the matrix.
-bool make_map(CUtensorMap* map, const Matrix& matrix, int box_columns, int box_rows) {
-  const EncodeTiled encode = encode_tiled();
-  if (encode == nullptr || !matrix.usable()) return false;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t pitches[] = {static_cast<cuuint64_t>(matrix.pitch) * matrix.element()};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t strides[] = {1, 1};
-  const int row_bytes = box_columns * matrix.element();
-  const CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                     : row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                                       : CU_TENSOR_MAP_SWIZZLE_NONE;
-  const auto type = matrix.dtype == kBytes ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                    : matrix.dtype == 0    ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                           : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode(map, type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, strides,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // ---- launches ----
-
-template <typename Kernel>
-cudaError_t allow_shared(Kernel kernel, int bytes, std::atomic<bool> (&ready)[kMaxDevices]) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  if (ready[device].load(std::memory_order_acquire)) return cudaSuccess;  // racing threads set it twice: no harm
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) ready[device].store(true, std::memory_order_release);
-  return error;
-}
 
 template <typename Kernel, typename Maps, typename Problem>
 cudaError_t launch(Kernel kernel, const Maps& maps, const Problem& problem, const Plan& plan, int shared_bytes,
                    cudaStream_t stream) {
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
-  if (plan.ctas > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = static_cast<unsigned>(plan.ctas);
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
-  // Programmatic dependent launch: this kernel's start overlaps the end of the one before.
-  attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[count].val.programmaticStreamSerializationAllowed = 1;
-  ++count;
+  if (plan.ctas > 1) attributes[count++] = cluster_attribute(plan.ctas);
+  attributes[count++] = early_start_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.tiles * plan.ctas));
   config.blockDim = dim3(kBlockThreads);
@@ -179,9 +95,8 @@ cudaError_t with_padded_r(long long R, const F& f) {
 }
 
 bool sensible(long long M, long long K, long long R, int dtype, const Plan& plan) {
-  constexpr long long kMost = 1ll << 30;  // coordinates are 32-bit
-  return M > 0 && M <= kMost && K > 0 && K <= kMost && R > 0 && R <= 128 && R % 8 == 0 && (dtype == 0 || dtype == 1) &&
-         plan.tiles * plan.ctas <= kMost;
+  const bool sizes = M > 0 && M <= kMostCoordinate && K > 0 && K <= kMostCoordinate && R > 0 && R <= 128 && R % 8 == 0;
+  return sizes && (dtype == 0 || dtype == 1) && plan.tiles * plan.ctas <= kMostCoordinate;
 }
 
 template <typename T, int PADDED_R, int ROWS, bool DROP>
@@ -193,8 +108,8 @@ cudaError_t launch_down(const LoraDown& d, const Plan& plan, const DownProblem& 
       !make_map(&maps.a, {d.a, d.R, d.K, d.ld_a, d.dtype}, 64, PADDED_R)) {
     return cudaErrorInvalidValue;
   }
-  static std::atomic<bool> ready[kMaxDevices];
-  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, ready);
+  static SharedAllowed allowed;
+  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, allowed);
   if (error != cudaSuccess) return error;
   return launch(kernel, maps, problem, plan, Shape::Memory::kBytes, stream);
 }
@@ -226,11 +141,11 @@ cudaError_t launch_da(const LoraDa& d, const Plan& plan, const DaProblem& proble
     return cudaErrorInvalidValue;
   }
   maps.mask = maps.x;
-  if (MASKED && !make_map(&maps.mask, {d.mask, d.M, d.K / 8, d.K / 8, kBytes}, kStageColumns / 8, kDaRows)) {
+  if (MASKED && !make_map(&maps.mask, {d.mask, d.M, d.K / 8, d.K / 8, kByteType}, kStageColumns / 8, kDaRows)) {
     return cudaErrorInvalidValue;
   }
-  static std::atomic<bool> ready[kMaxDevices];
-  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, ready);
+  static SharedAllowed allowed;
+  const cudaError_t error = allow_shared(kernel, Shape::Memory::kBytes, allowed);
   if (error != cudaSuccess) return error;
   return launch(kernel, maps, problem, plan, Shape::Memory::kBytes, stream);
 }
@@ -254,7 +169,7 @@ extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) 
   if (d.M == 0) return cudaSuccess;
   const Plan plan = plan_down(d.M, d.K, d.R, std::max(1, sm_count));
   const bool drops = d.seed != nullptr;
-  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || reinterpret_cast<uintptr_t>(d.s) % 8 != 0 ||
+  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || !aligned(d.s, 8) ||
       (drops && (d.mask == nullptr || d.threshold < 1 || d.threshold > 65536))) {
     return cudaErrorInvalidValue;
   }
@@ -265,7 +180,7 @@ extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) 
   problem.stages = plan.stages;
   problem.ctas = plan.ctas;
   const int row_bytes = static_cast<int>(d.K / 8);
-  const bool wide = row_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(d.mask) % 8 == 0;
+  const bool wide = row_bytes % 8 == 0 && aligned(d.mask, 8);
   problem.dropout = {d.seed, d.mask, (d.threshold << 16) - 1, row_bytes, wide};
   const auto queue = static_cast<cudaStream_t>(stream);
   return d.dtype == 0 ? launch_down_shape<__nv_bfloat16>(d, plan, problem, queue)
@@ -275,7 +190,7 @@ extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) 
 extern "C" int lora_da_sm90(const LoraDa* args, int sm_count, void* stream) {
   const LoraDa& d = *args;
   const Plan plan = plan_da(d.M, d.K, d.R, std::max(1, sm_count));
-  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || reinterpret_cast<uintptr_t>(d.da) % 16 != 0) {
+  if (!sensible(d.M, d.K, d.R, d.dtype, plan) || !aligned(d.da, 16)) {
     return cudaErrorInvalidValue;
   }
   DaProblem problem{};
