@@ -1,7 +1,8 @@
 """Drives CMake for the compiled extensions; everything else about the package is in pyproject.toml.
 
 PEFT_KERNELS_BUILD: auto (default) | cpu | cpu,cuda | none. In auto a part that cannot be built is left out and the
-reason goes into peft_kernels/_build.json; a part that is named must build. PEFT_KERNELS_CUDA_ARCHS: e.g. "80;90a;100".
+reason goes into peft_kernels/_build.json; a part that is named must build. PEFT_KERNELS_CUDA_ARCHS: e.g. "80;90a;100",
+for the CUDA files that are not of one architecture (those named *_sm90.cu are).
 """
 
 import functools
@@ -70,6 +71,12 @@ def pybind11_include(torch: dict) -> str:
     return torch["include"][0]  # Torch carries a copy
 
 
+def nvcc_major() -> str:
+    """ "13" for an nvcc of CUDA 13.0."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return said.partition("release ")[2].partition(".")[0]
+
+
 def obstacle(part: str, torch: dict) -> str:
     """Why `part` cannot be built here, or ''."""
     if not torch:
@@ -80,6 +87,8 @@ def obstacle(part: str, torch: dict) -> str:
         return f"Torch {torch['version']} is a build without CUDA"
     if part == "cuda" and shutil.which("nvcc") is None:
         return "nvcc not found"
+    if part == "cuda" and nvcc_major() != torch["cuda"].split(".")[0]:
+        return f"nvcc is of CUDA {nvcc_major()}, Torch of CUDA {torch['cuda']}: the runtime it brings may not run here"
     return ""
 
 

@@ -7,6 +7,7 @@ The environment variables DEVICE, ONLY, OUT, TUNE, QUICK and FORCE say the same.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -32,7 +33,10 @@ def _built(root: Path) -> bool:
     """Whether the extensions were built after the last change of what they are built from."""
     facts = root / "peft_kernels" / "_build.json"
     inputs = [path for name in _BUILD_INPUTS for path in (root / name, *(root / name).rglob("*")) if path.is_file()]
-    return facts.exists() and facts.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
+    if not facts.exists() or facts.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        return False
+    missing = json.loads(facts.read_text())["missing"]
+    return "_C_cuda" not in missing or shutil.which("nvcc") is None
 
 
 def _build_step(device: str, root: Path) -> Step:

@@ -121,7 +121,15 @@ def _taken(case: LoRACase) -> bool:
         torch.empty(shape, dtype=case.dtype, device="cuda")
         for shape in ((1, case.K), (case.N, case.K), (case.R, case.K), (case.N, case.R))
     )
-    return general_because(x, weight, lora_a, lora_b) == ""
+    return general_because(x, weight, lora_a, lora_b, case.dropout > 0) == ""
+
+
+def _kernels(case: LoRACase, device: str) -> str:
+    """What runs ours by its default choice; fp32 adapters go the same way."""
+    owner = OWNERS["lora_linear_fwd", device.upper()]
+    if device != "cuda" or owner != "native":
+        return owner
+    return "CUDA C++ (Hopper)" if _taken(case) else "general"
 
 
 def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]]:
@@ -131,7 +139,7 @@ def _our_field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Bu
         return [(_OURS, "ours", owner, "", ours())]
     if owner == "native":
         return [
-            (_OURS, "ours", "CUDA C++ (Hopper)" if _taken(case) else "general", "", ours()),
+            (_OURS, "ours", _kernels(case, device), "", ours()),
             (f"{_OURS}, Triton", "ours", "triton", "", ours(within=general_kernels)),
         ]
     picked = configs.pick_config(case.M, case.N, case.K, case.R, case.dtype, arch_here(), case.dropout > 0)
@@ -152,9 +160,8 @@ def _field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]
         ("PyTorch composition", "peer", torch_version, _OURS, composition),
     ]
     if case.dtype.itemsize == 2:
-        owner = OWNERS["lora_linear_fwd", device.upper()]
         found += [
-            (_OURS_FP32, "ours", owner, "", ours(torch.float32)),
+            (_OURS_FP32, "ours", _kernels(case, device), "", ours(torch.float32)),
             ("PEFT, fp32 adapters (its default)", "peer", peft, _OURS_FP32, peft_layer(True)),
         ]
     if case.compiled:

@@ -175,8 +175,9 @@ def _aligned(dtype: torch.dtype) -> list[Case]:
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     found = [*wide, *ranks, adapters, replace(wide[1], adapters=other), replace(wide[1], bias=torch.float32)]
     found += [replace(wide[1], R=16, weight=layout) for layout in (None, "transposed", "rows")]
-    found += [replace(case, dropout=0.1) for case in (*wide, ranks[2], adapters)]
-    found += [replace(wide[1], dropout=p) for p in (0.5, 1.0)]
+    found += [replace(case, dropout=0.1) for case in (*wide, adapters)]
+    found += [replace(case, K=1024, dropout=0.1) for case in (*wide, *ranks, adapters)]
+    found += [replace(wide[1], K=128, dropout=p) for p in (0.5, 1.0)]
     found += [replace(wide[2], scaling=scaling) for scaling in (1.0, 0.0, -1 / 3)]
     found += [replace(wide[1], M=2048, layout=layout) for layout in ("rows", "offset")]
     return found + [replace(wide[1], layout="expanded")]

@@ -64,8 +64,13 @@ def check_backward(impl: Implementation, case: Case) -> None:
 
 def check_round_trip(impl: Implementation, case: Case) -> None:
     """The backward of the implementation's own forward: what it saves is what it needs."""
-    data = inputs(case, impl.device)
-    _, s, mask = _fwd(impl, data)
+    round_trip(impl, inputs(case, impl.device))
+
+
+def round_trip(impl: Implementation, data: Inputs) -> None:
+    y, s, mask = _fwd(impl, data)
+    truth = bounds.forward(data.x, data.weight, data.lora_a, data.lora_b, data.bias, data.mask, data.scaling)
+    bounds.assert_within(y, *truth["y"], "y")
     grads = _bwd(impl, data, s, mask)
     truth = bounds.backward(data.dy, data.x, data.weight, data.lora_a, data.lora_b, None, data.mask, data.scaling)
     _assert_gradients(grads, data, truth)

@@ -1,12 +1,13 @@
 """The LoRA linear's ops against fp64 truth, for every implementation: values, gradients, layouts, dropout, repeats."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import bounds
 import checks
 import pytest
 import torch
-from cases import ALIGNED_CASES, DTYPES, LONG_SUMS, VALUE_CASES, Case, inputs
+from cases import ALIGNED_CASES, DTYPES, LONG_SUMS, VALUE_CASES, Case, inputs, lay_out
 
 from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.lora_linear import reference
@@ -30,6 +31,14 @@ def test_values(impl, check, case):
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
 def test_values_where_rows_start_on_16_bytes(impl, check, case):
     check(impl, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_parameters_from_a_flat_buffer(impl, dtype):
+    """Contiguous, but aligned to nothing: what slices of a flat parameter buffer are."""
+    data = inputs(Case(2048, 2048, 264, 16, dtype), impl.device)
+    lora_a, lora_b, bias = (lay_out(tensor, "offset") for tensor in (data.lora_a, data.lora_b, data.bias[None]))
+    checks.round_trip(impl, replace(data, lora_a=lora_a, lora_b=lora_b, bias=bias[0]))
 
 
 @pytest.mark.parametrize("case", LONG_SUMS, ids=str)

@@ -62,7 +62,11 @@ def test_new_batch_sizes_do_not_recompile_each_time(device):
 
 
 @pytest.mark.parametrize("p", BOTH)
-@pytest.mark.parametrize("case", [CASE, Case(5, 7, 13, 3, torch.bfloat16, adapters=torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [CASE, Case(5, 7, 13, 3, torch.bfloat16, adapters=torch.float32), Case(9, 64, 128, 16, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("weight", [True, False], ids=["weight", "no-weight"])
 def test_opcheck(device, case, p, weight):
     """Schema, fake kernel, and functionalisation agree with what the kernels do."""

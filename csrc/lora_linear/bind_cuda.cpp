@@ -37,17 +37,20 @@ struct Chip {
   int capability = 0, sms = 0;
 };
 
-// Asked of the driver once per device.
+// Asked of the driver once per device; of a device that it does not answer for (none, or a fake tensor's), no chip.
 Chip chip_of(const Tensor& t) {
   static std::array<std::atomic<int64_t>, kMostDevices> known{};
   const int index = t.get_device();
-  if (index >= kMostDevices) return {};
+  if (index < 0 || index >= kMostDevices) return {};
   int64_t packed = known[index].load(std::memory_order_relaxed);
   if (packed == 0) {
     int major = 0, minor = 0, sms = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index));
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, index) != cudaSuccess) {
+      cudaGetLastError();  // it is not the next caller's
+      return {};
+    }
     packed = int64_t{10 * major + minor} << 32 | sms;
     known[index].store(packed, std::memory_order_relaxed);
   }
@@ -75,22 +78,40 @@ bool is_adapter(const Tensor& t, at::ScalarType dtype) {
   return t.dim() == 2 && (t.scalar_type() == dtype || t.scalar_type() == at::kFloat);
 }
 
-// Why the Hopper kernels do not take a call, or null. `rows` is x or dy; the weight, where the call multiplies by it.
-const char* refusal(const Tensor& rows, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b) {
+constexpr int64_t kMostRows = int64_t{1} << 30;  // coordinates of TMA are 32-bit
+constexpr const char* kUnaligned = "rows of x, dy or weight do not start on 16 bytes";
+constexpr const char* kMismatch = "a size is 0 or does not fit";
+
+// Why the Hopper kernels do not take a call, or null. `rows` is x or dy, of that many columns; the weight, where the
+// call multiplies by it; dropout: whether a mask is drawn or given.
+const char* refusal(const Tensor& rows, int64_t columns, const OptionalTensor& weight, const Tensor& lora_a,
+                    const Tensor& lora_b, bool dropout) {
   if (!hopper_enabled.load(std::memory_order_relaxed)) return "switched off";
   const at::ScalarType dtype = rows.scalar_type();
   if (dtype != at::kBFloat16 && dtype != at::kHalf) return "the dtype is neither bfloat16 nor float16";
   if (chip_of(rows).capability != 90) return "the GPU is not of compute capability 9.0";
   if (!is_adapter(lora_a, dtype) || !is_adapter(lora_b, dtype)) return "an adapter's dtype is neither x's nor float32";
+  const at::Device device = rows.device();
+  if (lora_a.device() != device || lora_b.device() != device) return "tensors lie on several devices";
   const int64_t R = lora_a.size(0), K = lora_a.size(1), N = lora_b.size(0);
   if (R % 8 != 0 || R > kMostRank || R == 0) return "the rank is no multiple of 8 up to 128";
-  if (lora_b.size(1) != R || rows.dim() != 2 || rows.size(0) == 0 || K == 0 || N == 0) return "a size is 0 or does not fit";
-  if (K % 8 != 0 || N % 8 != 0 || !has_rows(rows)) return "rows of x, dy or weight do not start on 16 bytes";
+  if (lora_b.size(1) != R || rows.dim() != 2 || rows.size(0) == 0 || K == 0 || N == 0) return kMismatch;
+  if (rows.size(1) != columns) return kMismatch;
+  if (rows.size(0) > kMostRows) return "there are more than 2**30 rows";
+  if (K % 8 != 0 || N % 8 != 0 || !has_rows(rows)) return kUnaligned;
+  if (dropout && K % 128 != 0) return "with dropout x's columns are no multiple of 128";
   if (!weight) return nullptr;
   if (weight->scalar_type() != dtype || weight->dim() != 2) return "the weight is of another dtype than x";
-  if (weight->size(0) != N || weight->size(1) != K) return "a size is 0 or does not fit";
-  if (!has_rows(*weight) && !has_rows(weight->t())) return "rows of x, dy or weight do not start on 16 bytes";
+  if (weight->device() != device) return "tensors lie on several devices";
+  if (weight->size(0) != N || weight->size(1) != K) return kMismatch;
+  if (!has_rows(*weight) && !has_rows(weight->t())) return kUnaligned;
   return nullptr;
+}
+
+bool fits_forward(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold, int64_t N) {
+  if (bias && (bias->dim() != 1 || bias->size(0) != N || bias->device() != x.device())) return false;
+  return !seed || (seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->device() == x.device() &&
+                   threshold >= 1 && threshold <= 65536);
 }
 
 // ---- products ----
@@ -99,10 +120,12 @@ cudaStream_t stream_of(const Tensor& t) { return c10::cuda::getCurrentCUDAStream
 
 int dtype_code(const Tensor& t) { return t.scalar_type() == at::kHalf; }
 
+// A copy where rows do not start on 16 bytes: a slice of a flat buffer may be contiguous and yet lie anywhere.
+Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.clone(at::MemoryFormat::Contiguous); }
+
 // In x's dtype with aligned rows; as it is where it already is that.
 Tensor adapter(const Tensor& t, at::ScalarType dtype) {
-  const Tensor same = t.to(dtype);
-  return has_rows(same) ? same : same.contiguous();
+  return with_rows(t.to(dtype));
 }
 
 Tensor workspace(const Tensor& like, int64_t bytes) { return at::empty({(bytes + 3) / 4}, like.options().dtype(at::kFloat)); }
@@ -113,8 +136,7 @@ void low_rank_first(Tensor& out, const Tensor& p, const Tensor& q, const Tensor&
   LoraGemm g{};
   g.q_transposed = q.stride(0) == 1 && q.stride(1) != 1;
   const Tensor q_rows = g.q_transposed ? q.t() : q;
-  Tensor t_rows = g.q_transposed ? t.t() : t;
-  if (!has_rows(t_rows)) t_rows = t_rows.contiguous();
+  const Tensor t_rows = with_rows(g.q_transposed ? t.t() : t);
   g.p = p.const_data_ptr(), g.q = q_rows.const_data_ptr(), g.low = low.const_data_ptr(), g.t = t_rows.const_data_ptr();
   g.mask = mask;
   g.bias = bias ? bias->const_data_ptr() : nullptr;
@@ -162,7 +184,8 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
                                            const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
                                            double scaling, int64_t threshold) {
-  if (!weight || refusal(x, weight, lora_a, lora_b) != nullptr) {
+  if (!weight || refusal(x, lora_a.size(-1), weight, lora_a, lora_b, seed.has_value()) != nullptr ||
+      !fits_forward(x, bias, seed, threshold, lora_b.size(0))) {
     static const auto general =
         c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::lora_linear_fwd_general", "").typed<Forward>();
     return general.call(x, weight, lora_a, lora_b, bias, seed, scaling, threshold);
@@ -191,6 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   OptionalTensor added = bias;
   if (bias && bias->scalar_type() != x.scalar_type()) added = bias->to(at::kFloat);
   if (added) added = added->contiguous();
+  if (added && reinterpret_cast<uintptr_t>(added->const_data_ptr()) % 16 != 0) added = added->clone();
   return {gemm(x, weight->t(), s, b.t(), scaling, added, nullptr, sms), s, mask};
 }
 
@@ -206,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> from_dy(const Tensor& dy, const Tensor& b, co
     d.g = g.mutable_data_ptr();
   }
   if (need_db) {
-    s_rows = s->to(dy.scalar_type()).contiguous();
+    s_rows = with_rows(s->to(dy.scalar_type()).contiguous());
     db = at::empty({N, R}, options.dtype(db_dtype));
     d.s = s_rows.const_data_ptr(), d.db = db.mutable_data_ptr();
   }
@@ -244,16 +268,17 @@ bool takes_backward(const Tensor& dy, const OptionalTensor& x, const OptionalTen
                     const Tensor& lora_b, const OptionalTensor& s, const Tensor& mask, bool need_dx, bool need_dlora_a,
                     bool need_dlora_b) {
   if (need_dx && !weight) return false;
-  if (refusal(dy, need_dx ? weight : OptionalTensor(), lora_a, lora_b) != nullptr) return false;
+  const OptionalTensor base = need_dx ? weight : OptionalTensor();
+  if (refusal(dy, lora_b.size(0), base, lora_a, lora_b, mask.numel() > 0) != nullptr) return false;
   const int64_t M = dy.size(0), K = lora_a.size(1), R = lora_a.size(0);
   if (need_dlora_a && !(x && x->dim() == 2 && x->size(0) == M && x->size(1) == K && x->scalar_type() == dy.scalar_type() &&
-                        has_rows(*x)))
+                        x->device() == dy.device() && has_rows(*x)))
     return false;
-  if (need_dlora_b && !(s && s->dim() == 2 && s->size(0) == M && s->size(1) == R)) return false;
-  // TMA loads the mask's rows for dlora_a.
-  if (mask.numel() > 0 && need_dlora_a && (K % 128 != 0 || reinterpret_cast<uintptr_t>(mask.const_data_ptr()) % 16 != 0))
+  if (need_dlora_b && !(s && s->dim() == 2 && s->size(0) == M && s->size(1) == R && s->device() == dy.device()))
     return false;
-  return mask.numel() == 0 || (mask.is_contiguous() && mask.dim() == 2 && mask.size(0) == M && mask.size(1) == (K + 7) / 8);
+  if (mask.numel() == 0) return true;
+  return mask.is_contiguous() && mask.scalar_type() == at::kByte && mask.device() == dy.device() && mask.dim() == 2 &&
+         mask.size(0) == M && mask.size(1) == (K + 7) / 8 && reinterpret_cast<uintptr_t>(mask.const_data_ptr()) % 16 == 0;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight,
@@ -270,28 +295,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   const int sms = chip_of(dy).sms;
   const at::ScalarType dtype = dy.scalar_type();
   const unsigned char* bits = mask.numel() > 0 ? mask.const_data_ptr<uint8_t>() : nullptr;
-  const Tensor none = at::empty({0}, dy.options());
+  const auto none = [&] { return at::empty({0}, dy.options()); };  // a new one each: outputs never share memory
   const bool need_g = need_dx || need_dlora_a;
   const auto [g, db, dbias] = from_dy(dy, adapter(lora_b, dtype), s, scaling, need_g, need_dlora_b, need_dbias,
                                       lora_b.scalar_type(), sms);
-  Tensor dx = none, da = none;
+  Tensor dx, da;
   if (need_dx) dx = gemm(dy, *weight, g, adapter(lora_a, dtype), scaling, std::nullopt, bits, sms);
   if (need_dlora_a) da = from_x(*x, g, bits, scaling, lora_a.scalar_type(), sms);
-  return {dx, da, need_dlora_b ? db : none, need_dbias ? dbias : none};
+  return {need_dx ? dx : none(), need_dlora_a ? da : none(), need_dlora_b ? db : none(), need_dbias ? dbias : none()};
 }
 
 }  // namespace
 
 void enable_hopper(bool enabled) { hopper_enabled.store(enabled, std::memory_order_relaxed); }
 
-// For coverage(): why a call goes to the general kernels, "" where it does not.
-static std::string refusal_text(const Tensor& rows, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b) {
-  const char* reason = weight ? refusal(rows, weight, lora_a, lora_b) : "there is no base weight";
+// For coverage(): why a call with x like `rows` goes to the general kernels, "" where it does not.
+static std::string refusal_text(const Tensor& rows, const OptionalTensor& weight, const Tensor& lora_a,
+                                const Tensor& lora_b, bool dropout) {
+  if (!weight) return "there is no base weight";
+  const char* reason = refusal(rows, lora_a.size(-1), weight, lora_a, lora_b, dropout);
   return reason == nullptr ? "" : reason;
 }
 
 TORCH_LIBRARY_FRAGMENT(peft_kernels, m) {
-  m.def("lora_linear_refusal(Tensor rows, Tensor? weight, Tensor lora_a, Tensor lora_b) -> str", TORCH_FN(refusal_text));
+  m.def("lora_linear_refusal(Tensor rows, Tensor? weight, Tensor lora_a, Tensor lora_b, bool dropout) -> str",
+        TORCH_FN(refusal_text));
 }
 
 TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {

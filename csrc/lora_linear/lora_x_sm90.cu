@@ -23,25 +23,27 @@ struct Plan {
   int ctas;         // per tile: a cluster shares the stages
 };
 
+// Bytes of x per ns that a CTA keeps up with: what it can load, or with many ranks per byte what "down" can multiply.
+constexpr double kLoadRate = 45, kMultiplyRate = 20;
+
 // An estimate in ns for x's `bytes`: each wave of clusters takes its share at the memory's rate, or at a CTA's where few
-// are left, and a start. Measured on an H100 at K=4096, clusters of 8: dlora_a at M=8192, R=64 30.2 us, down at M=2048,
-// R=64 18.0 us; it says 45 and 17.
-double estimate(long long tiles, int ctas, double bytes, long long R, int per_sm, int sm_count) {
+// are left, and a start. Measured on an H100 at K=4096, R=64: dlora_a at M=8192 30.2 us with clusters of 2, 42.5 with 8;
+// down at M=2048 12.5 us with clusters of 4, 18.0 with 8. It says 25 and 37, 15 and 17.
+double estimate(long long tiles, int ctas, double bytes, double cta_rate, int per_sm, int sm_count) {
   constexpr double kMemory = 3000, kStart = 2000;
-  const double cta = R <= 32 ? 45 : 20;  // bytes per ns: what it can load, and what it can multiply
   const double per_cta = bytes / static_cast<double>(tiles * ctas);
   double ns = 0;
   for (long long left = tiles; left > 0;) {
     const long long running = std::min(left, resident_clusters(ctas, per_sm, sm_count)), waves = left / running;
-    ns += waves * (kStart + per_cta / std::min(cta, kMemory / static_cast<double>(running * ctas)));
+    ns += waves * (kStart + per_cta / std::min(cta_rate, kMemory / static_cast<double>(running * ctas)));
     left -= waves * running;
   }
   return ns;
 }
 
 // The most CTAs per tile (1, 2, 4 or 8, and no more than there are stages) within 5% of the least time.
-int share_tile(long long tiles, long long stages, double bytes, long long R, int per_sm, int sm_count) {
-  const auto ns = [&](int ctas) { return estimate(tiles, ctas, bytes, R, per_sm, sm_count); };
+int share_tile(long long tiles, long long stages, double bytes, double cta_rate, int per_sm, int sm_count) {
+  const auto ns = [&](int ctas) { return estimate(tiles, ctas, bytes, cta_rate, per_sm, sm_count); };
   int most = 1;
   while (2 * most <= std::min<long long>(kMostCtas, stages)) most *= 2;
   double least = ns(1);
@@ -57,12 +59,13 @@ Plan plan_down(long long M, long long K, long long R, int sm_count) {
   const int tile = tall ? 128 : 64;
   const long long tiles = blocks(M, tile), stages = blocks(K, kStageColumns);
   const int per_sm = R <= 16 ? ctas_per_sm(16) : 1;
-  return {tile, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, R, per_sm, sm_count)};
+  const double rate = R <= 32 ? kLoadRate : kMultiplyRate;
+  return {tile, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, rate, per_sm, sm_count)};
 }
 
-Plan plan_da(long long M, long long K, long long R, int sm_count) {
+Plan plan_da(long long M, long long K, int sm_count) {
   const long long tiles = blocks(K, kStageColumns), stages = blocks(M, kDaRows);
-  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, 16, 1, sm_count)};
+  return {kStageColumns, tiles, static_cast<int>(stages), share_tile(tiles, stages, 2.0 * M * K, kLoadRate, 1, sm_count)};
 }
 
 // ---- launches ----
@@ -189,7 +192,7 @@ extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) 
 
 extern "C" int lora_da_sm90(const LoraDa* args, int sm_count, void* stream) {
   const LoraDa& d = *args;
-  const Plan plan = plan_da(d.M, d.K, d.R, std::max(1, sm_count));
+  const Plan plan = plan_da(d.M, d.K, std::max(1, sm_count));
   if (!sensible(d.M, d.K, d.R, d.dtype, plan) || !aligned(d.da, 16)) {
     return cudaErrorInvalidValue;
   }

@@ -62,7 +62,7 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
     kernel = OWNERS.get(("lora_linear_fwd", {"cpu": "CPU", "cuda": "CUDA"}.get(device)), "reference")
     reason = "" if kernel != "reference" else f"no compiled kernel for {device}"
     lora_a, lora_b, _ = side_by_side(groups[0])
-    past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b)
+    past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b, groups[0][0].dropout_p > 0)
     if past:
         kernel, reason = "triton" if native.HAS_TRITON else "reference", f"not by the Hopper kernels: {past}"
     names = layer.active_adapters

@@ -56,11 +56,11 @@ lora_linear_bwd = define_op(
 )
 
 
-def general_because(rows: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str:
-    """Why a call with x or dy like `rows` goes past the CUDA extension's kernels; "" where it does not, or has none."""
-    if rows.device.type != "cuda" or OWNERS["lora_linear_fwd", "CUDA"] != "native":
+def general_because(x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout: bool) -> str:
+    """Why a call with rows like x's goes past the CUDA extension's kernels; "" where it does not, or there are none."""
+    if x.device.type != "cuda" or OWNERS["lora_linear_fwd", "CUDA"] != "native":
         return ""
-    return torch.ops.peft_kernels.lora_linear_refusal(rows, weight, lora_a, lora_b)
+    return torch.ops.peft_kernels.lora_linear_refusal(x, weight, lora_a, lora_b, dropout)
 
 
 share(lora_linear_fwd, sharding.lora_linear_fwd)
