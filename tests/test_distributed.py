@@ -1,5 +1,6 @@
 """Two processes on the CPU: FSDP2 and DTensor sharding give the gradients of one process."""
 
+import os
 import subprocess
 import sys
 
@@ -21,10 +22,11 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this Torch is b
 def _start(rank: int, check, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
-    try:
-        check(rank)
-    finally:
-        dist.destroy_process_group()
+    check(rank)
+    dist.barrier()
+    # Without destroy_process_group: in a third of runs with torch 2.13 it aborts ("terminate called without an active
+    # exception"), after everything that is tested here is done.
+    os._exit(0)
 
 
 def _on_two_ranks(check, tmp_path) -> None:
