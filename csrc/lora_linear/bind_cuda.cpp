@@ -128,8 +128,6 @@ Tensor adapter(const Tensor& t, at::ScalarType dtype) {
   return with_rows(t.to(dtype));
 }
 
-Tensor workspace(const Tensor& like, int64_t bytes) { return at::empty({(bytes + 3) / 4}, like.options().dtype(at::kFloat)); }
-
 // out = p @ q + alpha * drop(low @ t) + bias, rounded once: p [M, K], q [K, N] a view of the weight, t [R, N].
 void low_rank_first(Tensor& out, const Tensor& p, const Tensor& q, const Tensor& low, const Tensor& t, double alpha,
                     const OptionalTensor& bias, const unsigned char* mask) {
@@ -199,13 +197,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   Tensor s = at::empty({M, R}, options);
   Tensor mask = at::empty(seed ? at::IntArrayRef{M, (K + 7) / 8} : at::IntArrayRef{0}, options.dtype(at::kByte));
 
-  const Tensor scratch = workspace(x, lora_down_workspace(M, K, R, sms));
   LoraDown d{};
   d.x = x.const_data_ptr(), d.a = a.const_data_ptr();
   d.seed = seed ? reinterpret_cast<const long long*>(seed->const_data_ptr<int64_t>()) : nullptr;
   d.s = s.mutable_data_ptr();
   d.mask = seed ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  d.workspace = scratch.mutable_data_ptr<float>();
   d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x), d.ld_a = pitch(a);
   d.threshold = static_cast<unsigned>(threshold);
   d.dtype = dtype_code(x);
@@ -239,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor> from_dy(const Tensor& dy, const Tensor& b, co
     d.dbias = dbias.mutable_data_ptr<float>();
   }
   if (!need_g && !need_db && !need_dbias) return {g, db, dbias};
-  const Tensor scratch = workspace(dy, lora_dy_workspace(M, N, R, need_g, need_db, need_dbias, sms));
+  const int64_t bytes = lora_dy_workspace(M, N, R, need_g, need_db, need_dbias, sms);
+  const Tensor scratch = at::empty({bytes / 4}, options.dtype(at::kFloat));
   d.dy = dy.const_data_ptr(), d.b = b.const_data_ptr(), d.workspace = scratch.mutable_data_ptr<float>();
   d.scaling = static_cast<float>(scaling);
   d.M = M, d.N = N, d.R = R, d.ld_dy = pitch(dy), d.ld_b = pitch(b);
@@ -252,10 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> from_dy(const Tensor& dy, const Tensor& b, co
 Tensor from_x(const Tensor& x, const Tensor& g, const unsigned char* mask, double scaling, at::ScalarType da_dtype, int sms) {
   const int64_t M = x.size(0), K = x.size(1), R = g.size(1);
   Tensor da = at::empty({R, K}, x.options().memory_format(at::MemoryFormat::Contiguous).dtype(da_dtype));
-  const Tensor scratch = workspace(x, lora_da_workspace(M, K, R, sms));
   LoraDa d{};
   d.x = x.const_data_ptr(), d.g = g.const_data_ptr(), d.mask = mask, d.da = da.mutable_data_ptr();
-  d.workspace = scratch.mutable_data_ptr<float>();
   d.scaling = static_cast<float>(scaling);
   d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x);
   d.dtype = dtype_code(x);

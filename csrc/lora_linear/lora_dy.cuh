@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../common/sm90_ptx.cuh"
+#include "../common/sm90_ring.cuh"
 #include "../common/sm90_wgmma.cuh"
 
 namespace lora_dy {
@@ -85,20 +86,6 @@ struct Layout {
   __device__ __forceinline__ uint32_t g_full(int slot) const { return barrier(2 * kStages + 5 + slot); }
 };
 static_assert(512 + 8 * (2 * kMostStages + 7) <= kSmallShared, "the barriers fit");
-
-// A position in the ring of stages; the parity flips with each lap.
-template <int STAGES>
-struct Ring {
-  uint32_t stage = 0, parity = 0;
-
-  __device__ __forceinline__ uint32_t previous() const { return (stage + STAGES - 1) % STAGES; }
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // This CTA's share: CTA x owns the columns from x * 64 * chunks on, CTAs y the row tiles [first, first + steps).
 struct Share {

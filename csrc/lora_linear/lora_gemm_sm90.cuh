@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../common/sm90_ptx.cuh"
+#include "../common/sm90_ring.cuh"
 #include "../common/sm90_wgmma.cuh"
 
 namespace lora_sm90 {
@@ -79,19 +80,6 @@ struct Schedule {
   }
 };
 
-// A position in the ring of stages; the parity flips with each lap.
-struct Ring {
-  uint32_t stage = 0, parity = 0;
-
-  __device__ __forceinline__ uint32_t previous() const { return (stage + kStages - 1) % kStages; }
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 struct Shared {
   uint32_t stages, staging, barriers;
 
@@ -110,7 +98,7 @@ struct Shared {
 
 // Loads one stage: 128 rows of `left` and 256 columns' worth of `right`, 64 deep from k.
 template <bool Q_TRANSPOSED>
-__device__ __forceinline__ void load_stage(const Shared& shared, const Ring& ring, const CUtensorMap* left,
+__device__ __forceinline__ void load_stage(const Shared& shared, const Ring<kStages>& ring, const CUtensorMap* left,
                                            const CUtensorMap* right, int k, Tile tile) {
   barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);  // the first lap passes at once
   const uint32_t full = shared.full(ring.stage);
@@ -140,7 +128,7 @@ template <bool Q_TRANSPOSED, bool HAS_MASK>
 __device__ __forceinline__ void produce(const Maps& maps, const Problem& problem, const Shared& shared) {
   const int lane = threadIdx.x % 32;
   const Schedule schedule(problem);
-  Ring ring;
+  Ring<kStages> ring;
   for (int number = schedule.begin(); number < schedule.end(); number += schedule.step()) {
     const Tile tile = schedule.tile(number);
     if constexpr (HAS_MASK) prefetch_mask(problem, tile, lane);
@@ -201,8 +189,8 @@ __device__ __forceinline__ void multiply_steps(float (&acc)[128], const Shared& 
 // Multiplies the ring's stage once it is full and moves on. One group of wgmmas stays in flight; when it is issued the
 // previous one is done with its stage, which is then released if `previous` says that there was one.
 template <typename T, bool Q_TRANSPOSED>
-__device__ __forceinline__ void multiply_stage(float (&acc)[128], const Shared& shared, Ring& ring, const Lane& at,
-                                               int steps, bool keep, bool previous) {
+__device__ __forceinline__ void multiply_stage(float (&acc)[128], const Shared& shared, Ring<kStages>& ring,
+                                               const Lane& at, int steps, bool keep, bool previous) {
   barrier_wait(shared.full(ring.stage), ring.parity);
   if (steps >= 4) {  // branches on whole groups: a wgmma in a branch of its own would be fenced off by the compiler
     multiply_steps<T, Q_TRANSPOSED, 4>(acc, shared, ring.stage, at.group, keep);
@@ -321,7 +309,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem
   const Lane at;
   const Schedule schedule(problem);
   const bool plain = !HAS_MASK && problem.alpha == 1.f && problem.bias == nullptr;
-  Ring ring;
+  Ring<kStages> ring;
   float acc[128];
   uint32_t out[64];
   Tile last{-1, 0};

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../common/sm90_ptx.cuh"
+#include "../common/sm90_ring.cuh"
 
 namespace lora_passes {
 
@@ -62,21 +63,6 @@ struct Stages {
     __syncthreads();
     wait_for_previous_kernels();
     let_next_kernel_start();
-  }
-};
-
-// A position in the ring; the parity flips with each lap.
-template <int STAGES>
-struct Ring {
-  uint32_t stage, parity = 0;
-
-  __device__ __forceinline__ explicit Ring(uint32_t first) : stage(first) {}
-  __device__ __forceinline__ void advance(uint32_t count) {  // at most STAGES
-    stage += count;
-    if (stage >= STAGES) {
-      stage -= STAGES;
-      parity ^= 1;
-    }
   }
 };
 

@@ -164,9 +164,6 @@ cudaError_t launch_da_shape(const LoraDa& d, const Plan& plan, const DaProblem& 
 
 }  // namespace
 
-extern "C" long long lora_down_workspace(long long, long long, long long, int) { return 0; }
-extern "C" long long lora_da_workspace(long long, long long, long long, int) { return 0; }
-
 extern "C" int lora_down_sm90(const LoraDown* args, int sm_count, void* stream) {
   const LoraDown& d = *args;
   if (d.M == 0) return cudaSuccess;
