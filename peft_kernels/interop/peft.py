@@ -28,16 +28,18 @@ _PREFIX = "base_model.model."
 
 
 def _base_biases(model: nn.Module, bias: str, adapted: set[str], copied: set[str]) -> dict[str, Tensor]:
-    """The base model's biases that an adapter with this `bias` setting stores, as HF PEFT does."""
+    """The base model's biases that an adapter with this `bias` setting stores, as HF PEFT does: the live ones."""
     found = {}
-    for key, tensor in model.state_dict(keep_vars=True).items() if bias != "none" else ():
-        owner, _, leaf = key.rpartition(".")
-        if leaf != "bias" or any(f"{owner}.".startswith(f"{name}.") for name in copied):
+    for owner, module in model.named_modules(remove_duplicate=False) if bias != "none" else ():
+        tensor = module._parameters.get("bias")
+        if tensor is None and "bias" not in module._non_persistent_buffers_set:
+            tensor = module._buffers.get("bias")
+        if tensor is None or any(f"{owner}.".startswith(f"{name}.") for name in copied):
             continue
         if owner in adapted:
             found[f"{_PREFIX}{owner}.base_layer.bias"] = tensor
         elif bias == "all":
-            found[_PREFIX + key] = tensor
+            found[f"{_PREFIX}{owner}.bias" if owner else f"{_PREFIX}bias"] = tensor
     return found
 
 

@@ -93,9 +93,17 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter and its modules_to_save copies; the wrapped layers stay in place."""
+    """Remove an adapter and its modules_to_save copies; the wrapped layers stay in place.
+
+    One merged with restorable=False stays in the weights, which are the base weights from then on.
+
+    Raises:
+        ValueError: there is no such adapter.
+        RuntimeError: adapters are merged, and `unmerge` could take them out.
+    """
     _check_known(model, [name])
-    refuse_merged(model, "delete an adapter")
+    if any(layer.restorable for _, layer in fused_layers(model)):
+        refuse_merged(model, "delete an adapter")
     for _, layer in fused_layers(model):
         if name in layer.specs:
             layer.delete_adapter(name)
@@ -131,7 +139,10 @@ def merge(
 ) -> None:
     """Merge adapters (default: the active ones) into the base weights of every layer; all layers or none.
 
-    restorable=True keeps each original weight in host memory (the merged layers' weight bytes) for `unmerge`.
+    restorable=True keeps each original weight in host memory (the merged layers' weight bytes) for `unmerge`, and for
+    `model.state_dict()`, which holds the base weights also while they are merged. With restorable=False it raises
+    until the merged adapters are deleted: after `delete_adapter` it holds the merged weights alone, under the base
+    model's names. Loading a state_dict unmerges first.
 
     Raises:
         ValueError: an adapter unknown or named twice, a weight that another module shares, a value that is not finite.

@@ -7,15 +7,18 @@ from torch import Tensor, nn
 from .adapter import Adapter, AdapterSpec, check_name, name_list, new_adapter
 from .base_linear import conv1d_class, refusal
 from .combine import Branch, RunsLoRALinear, adapted_linear
-from .merging import merged_tensors
+from .merging import Mergeable
 
 
-class FusedLoRALinear(RunsLoRALinear, nn.Module):
+class FusedLoRALinear(RunsLoRALinear, Mergeable):
     """y = x W^T + bias + sum over active adapters of scaling_i (dropout_i(x) A_i^T B_i^T + lora_bias_i).
 
     Built by `from_linear`; holds the wrapped layer's very own `weight` and `bias` Parameters under the same names, so
     checkpoints of the base model still fit, and the adapters as `lora_A.<name>` [R, K], `lora_B.<name>` [N, R] and
     `lora_bias.<name>` [N]. fan_in_fan_out says that weight is [K, N] (transformers' Conv1D).
+
+    `state_dict()` describes the layer without merging, also while adapters are merged (see `merge`); loading one into
+    a merged layer unmerges it first.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, fan_in_fan_out: bool = False):
@@ -30,9 +33,7 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
         self.specs: dict[str, AdapterSpec] = {}
         self.scaling: dict[str, float] = {}
         self.disabled = False
-        self.merged_adapters: list[str] = []
         self._active: list[str] = []
-        self._base_copy: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def wrap(cls, linear: nn.Module) -> "FusedLoRALinear":
@@ -112,17 +113,9 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
         if unknown:
             raise ValueError(f"no adapter {unknown} on this layer; there are {list(self.specs)}")
 
-    def _refuse_merged(self, what: str) -> None:
-        if self.merged:
-            raise RuntimeError(f"cannot {what}: adapters {self.merged_adapters} are merged, unmerge first")
-
     @property
     def active_adapters(self) -> list[str]:
         return list(self._active)
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
 
     def set_adapter(self, names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, trainable unless inference_mode; all others are frozen."""
@@ -141,8 +134,16 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
         self.disabled = disabled
 
     def delete_adapter(self, name: str) -> None:
+        """Remove an adapter. One merged with restorable=False stays in the weight, which is the base weight then.
+
+        Raises:
+            ValueError: there is no such adapter.
+            RuntimeError: adapters are merged, and `unmerge` could take them out.
+        """
         self._require([name])
-        self._refuse_merged("delete an adapter")
+        if self.restorable:
+            self._refuse_merged("delete an adapter")
+        self.merged_adapters = [merged for merged in self.merged_adapters if merged != name]
         for store in (self.lora_A, self.lora_B, self.lora_bias, self.specs, self.scaling):
             if name in store:
                 del store[name]
@@ -182,55 +183,6 @@ class FusedLoRALinear(RunsLoRALinear, nn.Module):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         branches = self.branches()
         return adapted_linear(x, weight, self.bias, branches) if branches else F.linear(x, weight, self.bias)
-
-    @torch.no_grad()
-    def merge(
-        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, restorable: bool = True
-    ) -> None:
-        """Add the adapters (default: the active ones) into weight and bias, in fp32 and rounded once (fp64 for fp64).
-
-        The Parameters are written in place, so every holder of them (the wrapped nn.Linear, a tied embedding) sees
-        the merged weight; `peft_kernels.merge(model)` refuses tied weights. To give the weight back bit for bit,
-        `unmerge` needs the original: restorable=True keeps it in host memory, weight.nbytes + bias.nbytes per layer.
-
-        Raises:
-            RuntimeError: already merged; or lora_bias to merge and no base bias.
-            ValueError: an adapter unknown or named twice; or, with safe_merge, a merged value that is not finite.
-        """
-        names = self.active_adapters if adapter_names is None else name_list(adapter_names)
-        self._require(names)
-        self._refuse_merged("merge")
-        if not names:
-            return
-        weight, bias = merged_tensors(self, names, safe_merge)
-        if restorable:
-            old_bias = None if bias is None else self.bias.detach().to("cpu", copy=True)
-            self._base_copy = self.weight.detach().to("cpu", copy=True), old_bias
-        self.weight.copy_(weight)
-        if bias is not None:
-            self.bias.copy_(bias)
-        self.merged_adapters = names
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Give back the base weight and bias as they were before `merge`, bit for bit.
-
-        Raises:
-            RuntimeError: nothing is merged, or it was merged with restorable=False.
-        """
-        if not self.merged:
-            raise RuntimeError("cannot unmerge: no adapter is merged")
-        if self._base_copy is None:
-            raise RuntimeError("cannot unmerge: merged with restorable=False, the base weight was not kept")
-        weight, bias = self._base_copy
-        self.weight.copy_(weight)
-        if bias is not None:
-            self.bias.copy_(bias)
-        self._base_copy, self.merged_adapters = None, []
-
-    def forget_base(self) -> None:
-        """Free the copy of the base weight that `merge` kept; `unmerge` is no longer possible."""
-        self._base_copy = None
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
