@@ -58,15 +58,19 @@ def test_same_numbers_gradients_and_state_dict(build, settings, adapters):
         assert (found[name] - value).abs().max() < (rounding[name] - value).abs().max(), name
 
 
-def test_our_op_really_runs(monkeypatch):
-    calls = []
-    original = torch.ops.peft_kernels.lora_linear_fwd.default
+@pytest.fixture
+def op_calls(monkeypatch) -> list:
+    calls, original = [], torch.ops.peft_kernels.lora_linear_fwd.default
     monkeypatch.setattr(
         "peft_kernels.kernels.lora_linear.op.lora_linear_fwd", lambda *args: calls.append(1) or original(*args)
     )
+    return calls
+
+
+def test_our_op_really_runs(op_calls):
     model = pk.accelerate(wrapped(llama, target_modules="all-linear"))
     model(ids())
-    assert len(calls) == 21
+    assert len(op_calls) == 21
     rows = pk.coverage(model)
     assert sum(row.kernel != "torch" for row in rows) == 21
     assert {row.reason for row in rows if row.kernel == "torch"} == {"not targeted"}
@@ -125,3 +129,100 @@ def test_hooks_registered_later_on_a_part_fire(part):
     handle.remove()
     assert torch.equal(model(tokens).logits, before)
     assert fired == [part]
+
+
+Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+def fp32_error(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What fp32 would be off by: another order of the same fp64 sums is nearer."""
+    return (copy.deepcopy(model).float()(tokens).logits - model(tokens).logits).abs().max()
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_hooks_registered_before_on_a_part_fire_and_without_them_the_kernels_run(part):
+    model, tokens, fired = wrapped(llama, target_modules=["q_proj"]).eval(), ids(), []
+    expected, rounding = model(tokens).logits, fp32_error(model, tokens)
+    handle = model.get_submodule(f"{Q_PROJ}.{part}").register_forward_hook(lambda *_: fired.append(part))
+    pk.accelerate(model)
+    assert (model(tokens).logits - expected).abs().max() < rounding
+    assert fired == [part]
+    assert {row.module for row in pk.coverage(model) if row.path == "HF PEFT"} == {Q_PROJ}
+    handle.remove()
+    assert (model(tokens).logits - expected).abs().max() < rounding
+    assert fired == [part]
+    assert not [row for row in pk.coverage(model) if row.path == "HF PEFT"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_hooks_on_the_peft_layer_itself_leave_it_on_the_kernels(moment):
+    model, tokens, fired = wrapped(llama, target_modules=["q_proj"]).eval(), ids(), []
+    layer = model.get_submodule(Q_PROJ)
+    if moment == "after":
+        pk.accelerate(model)
+    handle = layer.register_forward_hook(lambda module, args, y: fired.append(module) or 0 * y)
+    pk.accelerate(model)
+    assert not layer(torch.ones(16, dtype=torch.float64)).any()
+    model(tokens)
+    assert fired == [layer, layer]
+    assert all(row.path != "HF PEFT" for row in pk.coverage(model))
+    handle.remove()
+    assert layer(torch.ones(16, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("order", ["dispatched, then wrapped", "wrapped, then dispatched"])
+def test_a_dispatched_model_runs_the_kernels(order, op_calls, device):
+    hf = pytest.importorskip("accelerate", reason="needs HF accelerate: pip install accelerate")
+
+    def dispatch(model: nn.Module) -> nn.Module:
+        device_map = {name: device for name, _ in model.named_children()}
+        return hf.dispatch_model(model, device_map, main_device=device, force_hooks=True)
+
+    if order.startswith("dispatched"):
+        model = wrapped(lambda: dispatch(llama()), target_modules=["q_proj"])
+    else:
+        model = dispatch(wrapped(llama, target_modules=["q_proj"]))
+    tokens = ids().to(device)
+    expected, rounding = loss_and_gradients(model, tokens), loss_and_gradients(copy.deepcopy(model).float(), tokens)
+    layer = model.get_submodule(Q_PROJ)
+    pk.accelerate(model)
+    ran, hook = [], layer.base_layer._hf_hook
+    pre_forward = hook.pre_forward
+    hook.pre_forward = lambda module, *args, **kwargs: ran.append(module) or pre_forward(module, *args, **kwargs)
+    found = loss_and_gradients(model, tokens)
+    assert len(op_calls) == 3
+    assert ran == [layer.base_layer]
+    assert not [row for row in pk.coverage(model) if row.path == "HF PEFT"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < (rounding[name] - value).abs().max(), name
+
+
+def test_a_part_that_accelerate_offloads_is_left_to_peft():
+    hf = pytest.importorskip("accelerate", reason="needs HF accelerate: pip install accelerate")
+    model, tokens = wrapped(llama, target_modules=["q_proj"]).eval(), ids()
+    expected, rounding = model(tokens).logits, fp32_error(model, tokens)
+    hf.cpu_offload(model.get_submodule(Q_PROJ).base_layer, torch.device("cpu"))
+    pk.accelerate(model)
+    assert type(model.get_submodule(Q_PROJ)).__name__ == "Linear"
+    hf.cpu_offload(model.get_submodule(Q_PROJ.replace("1", "2")).base_layer, torch.device("cpu"))
+    reasons = {row.module: row.reason for row in pk.coverage(model) if row.path == "HF PEFT"}
+    assert reasons.keys() == {Q_PROJ, Q_PROJ.replace("1", "2")}
+    assert "base_layer must be called: accelerate offloads its weights" in reasons[Q_PROJ.replace("1", "2")]
+    assert (model(tokens).logits - expected).abs().max() < rounding
+    model = wrapped(llama, target_modules=["layers.1.self_attn.q_proj"])
+    hf.cpu_offload(model.get_submodule(Q_PROJ).base_layer, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj: base_layer: accelerate offloads its weights"):
+        pk.accelerate(model)
+
+
+def test_a_forward_that_was_replaced_goes_on_running():
+    model = wrapped(llama, target_modules=["q_proj"]).eval()
+    layer = model.get_submodule(Q_PROJ)
+    layer.forward = torch.relu
+    pk.accelerate(model)
+    assert type(layer).__name__ == "Linear"
+    other = model.get_submodule(Q_PROJ.replace("1", "2"))
+    other.base_layer.forward = torch.zeros_like
+    reasons = {row.module: row.reason for row in pk.coverage(model) if row.path == "HF PEFT"}
+    assert reasons[Q_PROJ.replace("1", "2")] == "base_layer has a forward of its own"

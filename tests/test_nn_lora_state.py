@@ -192,9 +192,9 @@ def test_bad_calls_name_the_argument():
             call("other")
 
 
-def hooked() -> nn.Module:
+def one_rank() -> nn.Module:
     linear = nn.Linear(K, N)
-    linear.register_forward_hook(lambda *_: None)
+    linear.weight = nn.Parameter(linear.weight.detach().flatten()[: K * N // 2])
     return linear
 
 
@@ -211,9 +211,9 @@ class Own(nn.Linear):
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)), "computed at each call"),
         (lambda: nn.LazyLinear(N), "no shape yet"),
         (lambda: nn.Linear(K, N).to(torch.float8_e4m3fn), "float8_e4m3fn"),
-        (hooked, "hooks"),
+        (one_rank, "is one rank's part"),
     ],
-    ids=["conv", "own forward", "weight_norm", "lazy", "fp8", "hooks"],
+    ids=["conv", "own forward", "weight_norm", "lazy", "fp8", "part"],
 )
 def test_layers_that_cannot_be_wrapped_say_why(build, message):
     with pytest.raises(ValueError, match=message):

@@ -3,8 +3,22 @@
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from ..nn.base_linear import conv1d_class, has_hooks, refusal
+from ..nn.base_linear import conv1d_class, refusal
 from ..nn.combine import Branch, RunsLoRALinear, adapted_linear
+from ..nn.dispatch import dispatch_refusal, give_dispatch, replaced_forward, take_dispatch, through_dispatch
+from ..nn.hooks import has_hooks
+
+
+def _needs_its_call(part: nn.Module) -> str | None:
+    """Why a part has to be called, which the fused forward does not do: it takes its tensors."""
+    if has_hooks(part):
+        return "has forward or backward hooks"
+    if "forward" not in part.__dict__:
+        return None
+    if replaced_forward(part, type(part)):
+        return "has a forward of its own"
+    reason = dispatch_refusal(part)
+    return None if reason is None else f"must be called: {reason}"
 
 
 class FusedPeftLinear(RunsLoRALinear, PeftLinear):
@@ -38,11 +52,11 @@ class FusedPeftLinear(RunsLoRALinear, PeftLinear):
             if not isinstance(self.scaling[name], float | int):
                 return f"adapter {name} has a tensor for a scaling, which would have to be read from the device"
             for part in ("lora_A", "lora_B", "lora_dropout"):
-                if has_hooks(getattr(self, part)[name]):
-                    return f"{part}.{name} has forward or backward hooks"
-        if has_hooks(self.base_layer):
-            return "base_layer has forward or backward hooks"
-        return None
+                reason = _needs_its_call(getattr(self, part)[name])
+                if reason is not None:
+                    return f"{part}.{name} {reason}"
+        reason = _needs_its_call(self.base_layer)
+        return None if reason is None else f"base_layer {reason}"
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         branches = self.branches()
@@ -50,19 +64,24 @@ class FusedPeftLinear(RunsLoRALinear, PeftLinear):
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         weight = base.weight if conv1d_class(base) is None else base.weight.t()
-        return adapted_linear(x, weight, base.bias, branches)
+        return through_dispatch(base, lambda x: adapted_linear(x, weight, base.bias, branches), x)
 
 
 def _refusal(layer: nn.Module) -> str | None:
     if type(layer) is not PeftLinear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not peft's lora.Linear"
+    if replaced_forward(layer, PeftLinear):
+        return "its forward was replaced"
+    reason = dispatch_refusal(layer)
+    if reason is not None:
+        return reason
     parts = {"base_layer": layer.base_layer}
     for name in layer.lora_A:
         parts[f"lora_A.{name}"], parts[f"lora_B.{name}"] = layer.lora_A[name], layer.lora_B[name]
         if not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
             return f"lora_dropout.{name} is a {type(layer.lora_dropout[name]).__name__}"
     for name, part in parts.items():
-        reason = refusal(part)
+        reason = refusal(part, replaced=False)
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -71,7 +90,10 @@ def _refusal(layer: nn.Module) -> str | None:
 def accelerate(model: nn.Module) -> nn.Module:
     """Let the LoRA linears of a model wrapped by HF PEFT run peft_kernels, in place; returns the model.
 
-    Layers that cannot (quantised bases, embeddings, convolutions) keep HF PEFT's forward; `coverage(model)` lists them.
+    Layers that cannot (quantised or offloaded bases, embeddings, convolutions) keep HF PEFT's forward;
+    `coverage(model)` lists them. Hooks on a layer run as before. While there are hooks on its parts (base_layer,
+    lora_A, ...) it runs HF PEFT's forward, which calls them, and `coverage` says so; HF accelerate's hooks for a
+    device_map do not count there, they run around the fused forward.
 
     Raises:
         ValueError: no layer could be taken, with the reason for each.
@@ -84,7 +106,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         elif "base_layer" in module._modules:
             reason = _refusal(module)
             if reason is None:
+                hook = take_dispatch(module)
                 module.__class__ = FusedPeftLinear
+                give_dispatch(module, hook)
                 taken += 1
             else:
                 refused[name] = reason

@@ -95,6 +95,9 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """Change the model as planned. The first adapter becomes the active one, later ones wait for `set_adapter`."""
     first = not configs(model)
     _replace(model, plan.replaced)
+    for module, wrapper in plan.replaced.items():
+        if isinstance(wrapper, FusedLoRALinear):
+            wrapper.take_over(module)
     for layer, adapter in plan.adapters.values():
         layer.attach(plan.adapter_name, adapter)
     if first:
@@ -112,7 +115,8 @@ def inject(
     """Put LoRA adapters into `model` in place and return it.
 
     The targeted nn.Linear and Conv1D layers become FusedLoRALinear on the same Parameters; everything but the
-    adapters, modules_to_save and the biases that config.bias names is frozen. If anything is wrong, an error is
+    adapters, modules_to_save and the biases that config.bias names is frozen. Hooks on the layers, HF accelerate's for
+    a device_map among them, move to the new ones (see FusedLoRALinear.take_over). If anything is wrong, an error is
     raised before the model is touched. Call it again with another adapter_name to add a further adapter, which stays
     inactive until `set_adapter`.
 

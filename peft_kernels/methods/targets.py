@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..nn.base_linear import is_linear, read_by_parents, refusal
+from ..nn.dispatch import OFFLOADED, offloaded
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.trainable_copy import TrainableCopy
 from .lora_config import LoraConfig
@@ -144,7 +145,7 @@ def _choose(
         if not wanted or id(module) in seen or is_excluded(config, name) or is_saved(config, name, saved):
             continue
         seen.add(id(module))
-        reason = None if isinstance(module, FusedLoRALinear) else bypassed.get(id(module)) or refusal(module)
+        reason = bypassed.get(id(module)) or (None if isinstance(module, FusedLoRALinear) else refusal(module))
         if reason is None:
             chosen[name] = module
         else:
@@ -160,6 +161,26 @@ def _choose_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         if outer is not None:
             raise ValueError(f"modules_to_save chooses {name!r} and {outer!r}, which contains it: name only one")
     return chosen
+
+
+def _check_offloaded(model: nn.Module, config: LoraConfig, saved: dict[str, nn.Module]) -> None:
+    """What trains beside the adapters must be there to be trained: an offloaded tensor is a new one at each call."""
+    absent = offloaded(model)
+    trained = {f"modules_to_save chooses {name}": module.modules() for name, module in saved.items()}
+    for name, module in walk(model) if config.bias == "all" else ():
+        if module._parameters.get("bias") is not None:
+            trained[f"bias='all' trains the bias of {name}"] = (module,)
+    for what, modules in trained.items():
+        if any(id(module) in absent for module in modules):
+            raise ValueError(f"{what}: {OFFLOADED}")
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    """Names by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(group)}: {reason}" for reason, group in names.items())
 
 
 def resolve(model: nn.Module, config: LoraConfig, strict: bool = True) -> Resolution:
@@ -178,10 +199,12 @@ def resolve(model: nn.Module, config: LoraConfig, strict: bool = True) -> Resolu
     if strict:
         _check_request(model, config, [name for name, _ in walk(model)])
     saved = _choose_saved(model, config)
+    _check_offloaded(model, config, saved)
     targets, refused = _choose(model, config, tuple(saved))
-    if refused and (not is_all_linear(config) or not targets):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise ValueError(f"target_modules chooses modules that cannot be adapted: {reasons}")
+    if is_all_linear(config) and targets:  # left out, but for those that would be adapted on a larger machine
+        refused = {name: reason for name, reason in refused.items() if reason == OFFLOADED}
+    if refused:
+        raise ValueError(f"target_modules chooses modules that cannot be adapted: {_reasons(refused)}")
     if not targets:
         layers = f" with layers_to_transform={config.layers_to_transform}" if config.layers_to_transform else ""
         raise ValueError(f"target_modules {config.target_modules!r}{layers} leaves no module; {_suffixes(model)}")

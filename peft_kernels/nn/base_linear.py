@@ -5,8 +5,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .dispatch import OFFLOADED, dispatch_refusal, offloaded, replaced_forward
+from .hooks import immovable
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def conv1d_class(module: nn.Module) -> type | None:
@@ -22,39 +24,41 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or conv1d_class(module) is not None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to run when the module is called, which a fused layer does not do with its parts."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why `module` cannot be wrapped; None when it can."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    base = nn.Linear if isinstance(module, nn.Linear) else conv1d_class(module)
-    if base is None:
-        return f"{name} is neither nn.Linear nor transformers' Conv1D"
-    if type(module).forward is not base.forward or "forward" in vars(module):
-        return f"{name} has a forward of its own, which a fused layer would replace"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed at each call (parametrize, weight_norm or pruning)"
+def _unfit(module: nn.Module) -> str | None:
+    """Why its weight or bias cannot be run by the kernels."""
+    parameters = module._parameters
+    for name in ("weight", "bias"):
+        if name not in parameters or (name == "weight" and parameters[name] is None):
+            return f"its {name} is computed at each call (parametrize, weight_norm or pruning)"
+    weight = parameters["weight"]
     if is_lazy(weight):
         return "its weight has no shape yet (lazy module): run one batch first"
     if is_traceable_wrapper_subclass(weight):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; expected one of {', '.join(map(str, _DTYPES))}"
-    if has_hooks(module):
-        return "it has forward or backward hooks, which would be lost: register them after the adapters are in"
+    if weight.dim() != 2 or "_hf_tp_plan" in vars(module):
+        return f"its weight, of shape {list(weight.shape)}, is one rank's part of the layer: put the adapters in first"
     return None
 
 
-def read_by_parents(model: nn.Module) -> dict[int, str]:
-    """id -> reason, for linears whose parent reads their weight itself instead of calling them.
+def refusal(module: nn.Module, replaced: bool = True) -> str | None:
+    """Why `module` cannot be wrapped; None when it can. replaced=False: it keeps its place and its hooks."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    base = nn.Linear if isinstance(module, nn.Linear) else conv1d_class(module)
+    if base is None:
+        return f"{name} is neither nn.Linear nor transformers' Conv1D"
+    if replaced_forward(module, base):
+        return f"{name} has a forward of its own, which a fused layer would replace"
+    return _unfit(module) or dispatch_refusal(module) or (immovable(module) if replaced else None)
 
-    An adapter there would be left out of the result without a word.
+
+def read_by_parents(model: nn.Module) -> dict[int, str]:
+    """id -> reason, for linears whose parent reads their weight itself instead of calling them, or loads it.
+
+    An adapter there would be left out of the result without a word, or not be there when it is needed.
     """
-    reasons = {}
+    reasons = dict.fromkeys(offloaded(model), OFFLOADED)
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
             reasons[id(parent.out_proj)] = "nn.MultiheadAttention reads its weight and never calls it"

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from .adapter import Adapter, AdapterSpec, check_name, name_list, new_adapter
 from .base_linear import conv1d_class, refusal
 from .combine import Branch, RunsLoRALinear, adapted_linear
+from .dispatch import give_dispatch, take_dispatch
+from .hooks import move_hooks
 from .merging import Mergeable
 
 
@@ -18,7 +20,7 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
     `lora_bias.<name>` [N]. fan_in_fan_out says that weight is [K, N] (transformers' Conv1D).
 
     `state_dict()` describes the layer without merging, also while adapters are merged (see `merge`); loading one into
-    a merged layer unmerges it first.
+    a merged layer unmerges it first. Hooks see the layer's input and its output with the adapters in it.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, fan_in_fan_out: bool = False):
@@ -37,7 +39,7 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
 
     @classmethod
     def wrap(cls, linear: nn.Module) -> "FusedLoRALinear":
-        """The layer without adapters yet, on the same Parameters; `linear` itself is left as it is.
+        """The layer without adapters yet, on the same Parameters; `linear` keeps its hooks until `take_over`.
 
         Raises:
             ValueError: `linear` is not an nn.Linear or Conv1D that can be wrapped, with the reason.
@@ -47,6 +49,15 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
             raise ValueError(f"FusedLoRALinear cannot wrap this layer: {reason}")
         layer = cls(linear.weight, linear.bias, fan_in_fan_out=conv1d_class(linear) is not None)
         return layer.train(linear.training)
+
+    def take_over(self, linear: nn.Module) -> None:
+        """Move the hooks of the layer that `wrap` was given here: Torch's, and HF accelerate's (device_map).
+
+        The handles that `register_forward_hook` and its like returned go on removing them. `linear` is left without.
+        """
+        hook = take_dispatch(linear)
+        move_hooks(linear, self)
+        give_dispatch(self, hook)
 
     @classmethod
     def from_linear(
@@ -62,6 +73,9 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         adapter_dtype: torch.dtype | None = None,
     ) -> "FusedLoRALinear":
         """Wrap an nn.Linear or transformers Conv1D, whose Parameters are shared (no copy) and frozen here.
+
+        Its hooks move to the new layer, with their handles, and get that layer as their `module`; HF accelerate's for
+        a device_map too.
 
         Args:
             linear: the layer; weight [N, K] (Conv1D: [K, N]) of dtype fp64, fp32, bf16 or fp16.
@@ -82,6 +96,7 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         layer.set_adapter(adapter_name)
+        layer.take_over(linear)
         return layer
 
     def new_adapter(self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None) -> Adapter:
