@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "lora_linear/plan_cpu.h"
 
 namespace py = pybind11;
 namespace pk = peft_kernels;
@@ -24,6 +25,9 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def(
       "set_isa", [](const std::string& name) { pk::set_active_isa(pk::isa_from_name(name)); }, py::arg("name"),
       "Use another available instruction set, for tests. Raises ValueError for one that is not available.");
+  m.def("set_base_product", &pk::set_base_by, py::arg("by"),
+        "Who makes the LoRA linear's base product: \"fused\", \"blas\" or \"auto\", for tests and measurements. Raises "
+        "ValueError for another name.");
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = PEFT_KERNELS_TORCH_VERSION;

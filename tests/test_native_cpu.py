@@ -26,16 +26,21 @@ EDGES = [
         (191, 255, 1027, 257, 0.0),
         (7, 1, 33, 130, 0.5),
         (577, 33, 1, 48, 0.0),
+        (50, 1100, 2100, 16, 0.0),  # of the weight: more than one group of packed columns in fp32, more than one chain
     )
 ]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=[f"{isa}-{base}" for isa in ISAS for base in ("fused", "blas")])
 def isa(request):
+    """Every instruction set, with the base product inside the kernels and by the BLAS."""
     before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
+    isa, base = request.param.split("-")
+    _C.set_isa(isa)
+    _C.set_base_product(base)
+    yield isa
     _C.set_isa(before)
+    _C.set_base_product("auto")
 
 
 @pytest.fixture
@@ -66,6 +71,52 @@ def test_long_sums_of_one_sign(isa, case):
     case = Case(case.M, case.N, case.K, case.R, case.dtype, weight=None, positive=True)
     for check in checks.CHECKS:
         check(IMPL, case)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("adapters", [torch.float32, torch.float16], ids=str)
+def test_long_sums_of_few_rows(name, adapters):
+    """The same where adapters are read in place, in their own dtype."""
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        case = Case(3, 2500, 2600, 70, torch.float32, weight=None, positive=True, adapters=adapters)
+        for check in checks.CHECKS:
+            check(IMPL, case)
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.mark.parametrize("case", [Case(13, 3000, 3100, 3, dtype, positive=True) for dtype in DTYPES[:3]], ids=str)
+def test_long_sums_over_the_weight(case):
+    """The full bound, which a BLAS need not keep, for the base product that starts with the low-rank one."""
+    _C.set_base_product("fused")
+    try:
+        for check in checks.CHECKS:
+            check(IMPL, case)
+    finally:
+        _C.set_base_product("auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(48, 40), (50, 65)], ids=str)
+def test_weights_of_any_layout(isa, dtype, shape):
+    """Columns first (GPT-2's Conv1D), and strided both ways."""
+    M, K = 33, 70
+    for turned in (torch.randn(K, shape[0]).t(), torch.randn(shape[0], 2 * K)[:, ::2], torch.randn(1, K).expand(shape[0], K)):
+        weight, x, dy = turned.to(dtype), torch.randn(M, K).to(dtype), torch.randn(M, shape[0]).to(dtype)
+        lora_a, lora_b = torch.randn(shape[1], K).to(dtype), torch.randn(shape[0], shape[1]).to(dtype)
+        y, s, mask = op.lora_linear_fwd(x, weight, lora_a, lora_b, None, None, 0.5, 0)
+        truth = bounds.forward(x, weight, lora_a, lora_b, None, mask, 0.5)
+        bounds.assert_within(y, *truth["y"], "y")
+        dx, _, _, _ = op.lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, mask, 0.5, True, False, False, False)
+        truth = bounds.backward(dy, x, weight, lora_a, lora_b, s, mask, 0.5)
+        bounds.assert_within(dx, *truth["dx"], "dx")
+
+
+def test_base_product_by_a_name_that_is_none():
+    with pytest.raises(ValueError, match="unknown base product 'mkl'; expected one of auto, blas, fused"):
+        _C.set_base_product("mkl")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

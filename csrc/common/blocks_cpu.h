@@ -36,7 +36,7 @@ struct Kind {
   static constexpr int chunk_cols = chunk_steps * pair;
   static constexpr int chunk_ld = chunk_steps + 16;    // in steps; off the power of two that would share cache sets
   static constexpr int pairs_ld = chunk_cols + 16;     // in steps, of the chunk with rows interleaved
-  static constexpr int chain = 64;                     // terms summed one after the other before they join a longer sum
+  static constexpr int chain = 64 * pair;              // terms summed in 64 steps, before they join a longer sum
 };
 
 constexpr int64_t kBlockRows = 288;  // rows in flight; a multiple of every tile height
@@ -183,8 +183,11 @@ static void pack_rows(typename K::Step* panel, int64_t width, int64_t k0, int64_
                       int64_t Kd, int64_t j0, int64_t J) {
   using Elem = typename K::Elem;
   const int64_t live = min64(width, J - j0);
+  constexpr int64_t ahead = 16;  // rows lie pages apart, which the hardware does not foresee
   Elem rows[K::pair * K::panel];
   for (int64_t k = k0; k < k1; k += K::pair) {
+    for (int64_t i = k + ahead; i < min64(Kd, k + ahead + K::pair); ++i)
+      for (int64_t j = 0; j < live; j += 64 / sizeof(typename K::Store)) __builtin_prefetch(src + i * ld + j0 + j);
     typename K::Step* dst = panel + k / K::pair * width;
     Elem* into = K::pair == 1 ? reinterpret_cast<Elem*>(dst) : rows;
     for (int64_t i = 0; i < K::pair; ++i) {
@@ -214,6 +217,8 @@ static void pack_columns(typename K::Step* panel, int64_t width, int64_t k0, int
       for (int64_t lane = 0; lane < K::W; ++lane) {
         Elem* line = reinterpret_cast<Elem*>(lines + lane * 64);
         const int64_t live = j0 + j + lane < J ? valid : 0;
+        for (int64_t i = k + n; live && i < min64(Kd, k + n + run); i += 64 / sizeof(typename K::Store))
+          __builtin_prefetch(src + (j0 + j + lane) * ld + i);
         if (live) convert(line, src + (j0 + j + lane) * ld + k, live);
         for (int64_t i = live; i < run; ++i) line[i] = Elem{};
       }

@@ -44,6 +44,15 @@ const std::vector<Isa>& available_isas() {
   return isas;
 }
 
+bool is_amd() {
+#if defined(PEFT_KERNELS_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void set_active_isa(Isa isa) {

@@ -222,15 +222,30 @@ struct RankBlock {
   }
 };
 
-// One row of n = `width` or fewer results: out = row * scale + bias, rounded once.
+// One row of n results, at most a panel: out = row * scale + bias, rounded once.
 template <class K>
 static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, typename K::Store* out,
                               int64_t n) {
-  if (bias)
-    for (int64_t j = 0; j < n; ++j) row[j] = row[j] * scale + bias[j];
+  const auto finish = [&](int64_t count) {
+    if (bias)
+      for (int64_t j = 0; j < count; ++j) row[j] = row[j] * scale + bias[j];
+    else
+      for (int64_t j = 0; j < count; ++j) row[j] *= scale;
+    convert(out, row, count);
+  };
+  if (n == K::panel)
+    finish(K::panel);  // a constant for the compiler
   else
-    for (int64_t j = 0; j < n; ++j) row[j] *= scale;
-  convert(out, row, n);
+    finish(n);
+}
+
+// sums [rows][panel] = rows of steps, `ld` apart, times one packed panel [steps][panel].
+template <class K>
+static void expand_panel(const typename K::Step* rows_of, int64_t ld, int64_t rows, int64_t steps, const typename K::Step* q,
+                         typename K::Acc* sums) {
+  for (int64_t k = 0; k < steps; k += K::chain)
+    tiles<typename K::Math, 6, K::panel_vectors, 0, 1>(rows, min64(K::chain, steps - k), rows_of + k, ld, 1, q + k * K::panel,
+                                                       K::panel, sums, K::panel, k == 0);
 }
 
 // Columns `range` of out[rows, J] = factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
@@ -238,25 +253,19 @@ template <class K>
 static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, Range range, double factor,
                    const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, typename K::Store* out,
                    typename K::Acc* scratch) {
-  constexpr int64_t width = K::panel, height = 6, run = K::chain;
-  const int64_t steps = block.row_steps(), group = steps <= run ? height : rows;
+  constexpr int64_t width = K::panel, height = 6;
+  const int64_t steps = block.row_steps(), group = steps <= K::chain ? height : rows;
   const auto scale = static_cast<typename K::Acc>(factor);
   for (int64_t j0 = range.begin; j0 < range.end; j0 += width) {
-    const int64_t live = min64(width, range.end - j0), p = j0 / width;
+    const int64_t live = min64(width, range.end - j0);
     for (int64_t m = 0; m < rows; m += group) {
       const int64_t n = min64(group, rows - m);
-      for (int64_t k = 0; k < steps; k += run)
-        tiles<typename K::Math, height, K::panel_vectors, 0, 1>(n, min64(run, steps - k), block.by_row + m * block.ld + k,
-                                                                block.ld, 1, q + (p * steps + k) * width, width, scratch,
-                                                                width, k == 0);
+      expand_panel<K>(block.by_row + m * block.ld, block.ld, n, steps, q + j0 * steps, scratch);
       for (int64_t i = 0; i < n; ++i) {
         typename K::Acc* row = scratch + i * width;
         typename K::Store* to = out + (m + i) * J + j0;
         if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
-        if (live == width)  // a constant for the compiler
-          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, width);
-        else
-          finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, live);
+        finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, live);
       }
     }
   }

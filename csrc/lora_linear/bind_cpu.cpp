@@ -1,4 +1,4 @@
-// lora_linear_fwd and lora_linear_bwd for the CPU key: checks, outputs, and the two base products through ATen's BLAS.
+// lora_linear_fwd and lora_linear_bwd for the CPU key: checks, outputs, and the base products where the BLAS makes them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -6,11 +6,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 
-#include "few_rows.h"
 #include "lora_linear.h"
+#include "plan_cpu.h"
 
 namespace peft_kernels {
 
@@ -34,6 +36,25 @@ const LoraKernels& lora_kernels() {
 #endif
     default: return portable::lora_linear_kernels;
   }
+}
+
+namespace {
+
+std::atomic<BaseBy> chosen_base{BaseBy::automatic};
+
+}  // namespace
+
+BaseBy base_by() { return chosen_base.load(std::memory_order_relaxed); }
+
+void set_base_by(const std::string& name) {
+  if (name == "auto")
+    chosen_base = BaseBy::automatic;
+  else if (name == "blas")
+    chosen_base = BaseBy::blas;
+  else if (name == "fused")
+    chosen_base = BaseBy::fused;
+  else
+    throw std::invalid_argument("unknown base product '" + name + "'; expected one of auto, blas, fused");
 }
 
 namespace {
@@ -65,9 +86,18 @@ void check_shape(const Tensor& t, const char* name, at::IntArrayRef expected) {
 // Unit column stride, which the kernels need; any row stride, zero too, stays as it is.
 Tensor unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
-Tensor adapter(const Tensor& t, at::ScalarType dtype) { return t.to(dtype).contiguous(); }
+// Dense, and in x's dtype unless the kernel reads any.
+Tensor adapter(const Tensor& t, at::ScalarType dtype, bool any) { return (any ? t : t.to(dtype)).contiguous(); }
 
 Rows rows_of(const Tensor& t) { return Rows{t.const_data_ptr(), t.stride(0)}; }
+
+// weight in `dtype`, as a kernel reads it; `kept` owns the memory.
+Weight weight_of(const Tensor& weight, at::ScalarType dtype, Tensor& kept) {
+  kept = weight.to(dtype);
+  if (kept.stride(0) == 1 && kept.stride(1) != 1) return Weight{kept.const_data_ptr(), kept.stride(1), true};
+  kept = unit_columns(kept);
+  return Weight{kept.const_data_ptr(), kept.stride(0), false};
+}
 
 at::ScalarType accumulator(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -93,18 +123,6 @@ void add_base(Tensor& out, const Tensor& left, const Tensor& right) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_few(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
-                                               const Tensor& lora_b, const OptionalTensor& bias, double scaling) {
-  dtype_of(x, "x");
-  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  const int64_t M = x.size(0), N = lora_b.size(0);
-  Tensor y = at::empty({M, N}, options), s = at::empty({M, lora_a.size(0)}, options);
-  if (bias) y.copy_(bias->expand({M, N}));
-  few_rows::forward(x, lora_a, lora_b, scaling, bias.has_value(), y, s);
-  if (weight) add_base(y, x, weight->t());
-  return {y, s, at::empty({0}, options.dtype(at::kByte))};
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
                                            const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
                                            double scaling, int64_t threshold) {
@@ -119,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   if (bias) check_shape(*bias, "bias", {N});
 
   const Tensor x_rows = unit_columns(x);
-  if (M > 0 && M <= few_rows::kMost && !seed) return forward_few(x_rows, weight, lora_a, lora_b, bias, scaling);
-  const Tensor a = adapter(lora_a, x.scalar_type()), b = adapter(lora_b, x.scalar_type());
+  const bool few = few_rows(M, seed.has_value());
+  const Tensor a = adapter(lora_a, x.scalar_type(), few), b = adapter(lora_b, x.scalar_type(), few);
   const Tensor bias_acc = bias ? bias->to(accumulator(x.scalar_type())).contiguous() : Tensor();
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
   Tensor y = at::empty({M, N}, options);
@@ -128,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   Tensor mask = seed ? at::empty({M, (K + 7) / 8}, options.dtype(at::kByte)) : at::empty({0}, options.dtype(at::kByte));
 
   LoraForward f;
-  f.dtype = dtype_of(x, "x");
+  f.dtype = dtype_of(x, "x"), f.a_dtype = dtype_of(a, "lora_a"), f.b_dtype = dtype_of(b, "lora_b");
   f.M = M, f.N = N, f.K = K, f.R = R;
   f.x = rows_of(x_rows), f.a = rows_of(a), f.b = rows_of(b);
   f.bias = bias ? bias_acc.const_data_ptr() : nullptr;
@@ -142,23 +160,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
     f.threshold = threshold;
   }
   f.threads = at::get_num_threads();
+  Tensor base;
+  const bool fused = weight && !few && fuses_base(f.dtype, M);
+  if (fused) f.weight = weight_of(*weight, x.scalar_type(), base);
   if (M > 0 && R > 0) lora_kernels().forward(f);
-  if (weight) add_base(y, x_rows, weight->t());
+  if (weight && !fused) add_base(y, x_rows, weight->t());
   return {y, s, mask};
-}
-
-// x and s are undefined where their gradient is not asked for.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_few(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                                        const Tensor& lora_a, const Tensor& lora_b, const Tensor& s,
-                                                        double scaling, bool need_dx, bool need_dbias) {
-  dtype_of(dy, "dy");
-  const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor dx, da = at::empty({0}, options), db = at::empty({0}, options), dbias = at::empty({0}, options);
-  if (need_dx) dx = at::empty({dy.size(0), lora_a.size(1)}, options);
-  few_rows::backward(dy, x, s, lora_a, lora_b, scaling, dx, da, db);
-  if (need_dx && weight) add_base(dx, dy, *weight);
-  if (need_dbias) dbias = dy.sum(0, false, accumulator(dy.scalar_type()));
-  return {need_dx ? dx : at::empty({0}, options), da, db, dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& weight,
@@ -179,13 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   const Tensor dy_rows = unit_columns(dy);
   if (need_dlora_a) check_shape(*x, "x", {M, K});
   if (need_dlora_b) check_shape(*s, "s", {M, R});
-  if (M > 0 && M <= few_rows::kMost && mask.numel() == 0)
-    return backward_few(dy_rows, need_dlora_a ? *x : Tensor(), weight, lora_a, lora_b, need_dlora_b ? *s : Tensor(), scaling,
-                        need_dx, need_dbias);
-  const Tensor a = adapter(lora_a, dtype), b = adapter(lora_b, dtype);
+  const bool few = few_rows(M, mask.numel() > 0);
+  const Tensor a = adapter(lora_a, dtype, few), b = adapter(lora_b, dtype, few);
   Tensor x_rows, s_rows;
   LoraBackward f;
-  f.dtype = dtype_of(dy, "dy");
+  f.dtype = dtype_of(dy, "dy"), f.a_dtype = dtype_of(a, "lora_a"), f.b_dtype = dtype_of(b, "lora_b");
   f.M = M, f.N = N, f.K = K, f.R = R;
   f.dy = rows_of(dy_rows), f.a = rows_of(a), f.b = rows_of(b);
   if (need_dlora_a) {
@@ -218,8 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   f.db_dtype = dtype_of(lora_b, "lora_b");
   f.threads = at::get_num_threads();
   if (M == 0) f.dx = nullptr;  // an empty tensor's null pointer already says so; the sums below become zero
+  Tensor base;
+  const bool fused = f.dx && weight && !few && fuses_base(f.dtype, M);
+  if (fused) f.weight = weight_of(*weight, dtype, base);
   lora_kernels().backward(f);
-  if (need_dx && weight) add_base(dx, dy_rows, *weight);
+  if (need_dx && weight && !fused) add_base(dx, dy_rows, *weight);
   return {dx, da, db, dbias};
 }
 

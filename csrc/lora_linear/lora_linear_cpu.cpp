@@ -1,4 +1,4 @@
-// The LoRA linear's low-rank products on a CPU. This file is compiled once per instruction set (PK_ISA).
+// The LoRA linear on a CPU. This file is compiled once per instruction set (PK_ISA).
 //
 // All six products are C[i, j] (+)= sum_k P[i, k] Q[k, j] with P broadcast and Q in vectors along j:
 //   forward, per block of rows   s = drop(x) @ At          y  = scaling * s @ Bt + bias
@@ -6,42 +6,55 @@
 //                                dBt += s.T @ dy           dA += g.T @ drop(x)
 // A block of rows is read once, in chunks of columns that are converted into L2. Each thread owns a fixed range of rows, or of
 // columns, and what they sum to is added in thread order: the result depends on the number of threads, never on timing.
-#include "../common/low_rank_cpu.h"
-#include "lora_linear.h"
+// Given the weight, y and dx are made by a GEMM that starts with the low-rank product (lora_base_cpu.h), after s and g. A few
+// rows have their own way (lora_few_cpu.h).
+#include "lora_base_cpu.h"
+#include "lora_few_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
 
 template <class K>
 static void forward(const LoraForward& f) {
+  if (few_rows(f.M, f.mask)) return few_forward<K>(f);
   using Step = typename K::Step;
   using Store = typename K::Store;
   const RankLanes<K> lanes(f.R);
   const int64_t k_steps = ceil_div(f.K, K::pair), r_steps = ceil_div(f.R, K::pair), wide = ceil_div(f.N, K::panel);
   const int64_t mask_ld = ceil_div(f.K, 8);
+  const bool whole = f.weight.data;
+  LoraBase<K> base(f.x, f.K, f.s, f.R, {f.weight.data, f.weight.line, !f.weight.transposed}, f.M, f.N, f.scaling);
+  base.bias = static_cast<const typename K::Acc*>(f.bias);
+  base.out = static_cast<Store*>(f.y);
   struct Shared {
     Step *at, *bt;
     const void** parts;
-    Shared(Arena& a, int64_t n_at, int64_t n_bt, int threads)
-        : at(a.take<Step>(n_at)), bt(a.take<Step>(n_bt)), parts(a.take<const void*>(threads)) {}
+    GemmShared<K> gemm;
+    Shared(Arena& a, int64_t n_at, int64_t n_bt, int threads, int64_t steps, int64_t N)
+        : at(a.take<Step>(n_at)), bt(a.take<Step>(n_bt)), parts(a.take<const void*>(threads)), gemm(a, steps, N) {}
   };
   struct Own {
     Step* chunk;
     typename K::Acc* scratch;
     RankSum<K> sum;
     RankBlock<K> block;
-    Own(Arena& a, int64_t R)
+    typename LoraBase<K>::Own base;
+    Own(Arena& a, int64_t R, const LoraBase<K>& base_)
         : chunk(a.take<Step>(kBlockRows * K::chunk_ld)),
           scratch(a.take<typename K::Acc>(kBlockRows * K::panel)),
           sum(a, R),
-          block(a, R) {}
+          block(a, R),
+          base(a, base_) {}
+  };
+  const auto lay_out = [&](Arena& arena) {
+    return Shared(arena, lanes.padded * k_steps, wide * r_steps * K::panel, f.threads, whole ? k_steps : 0, whole ? f.N : 0);
   };
   Arena shared_size{nullptr}, own_size{nullptr};
-  Shared(shared_size, lanes.padded * k_steps, wide * r_steps * K::panel, f.threads);
-  Own(own_size, f.R);
+  lay_out(shared_size);
+  Own(own_size, f.R, base);
   Workspace space(shared_size.used + f.threads * own_size.used);
   Arena shared_arena{static_cast<char*>(space.memory)};
-  const Shared shared(shared_arena, lanes.padded * k_steps, wide * r_steps * K::panel, f.threads);
+  const Shared shared = lay_out(shared_arena);
 
 #pragma omp parallel num_threads(f.threads)
   {
@@ -49,7 +62,7 @@ static void forward(const LoraForward& f) {
     pack<K>(shared.at, lanes.panels, lanes.width, f.K, f.R, f.a, true, split.threads, split.id);
     pack<K>(shared.bt, wide, K::panel, f.R, f.N, f.b, true, split.threads, split.id);
     Arena arena{static_cast<char*>(space.memory) + shared_size.used + split.id * own_size.used};
-    Own own(arena, f.R);
+    Own own(arena, f.R, base);
     const Range range = split.rows(), ks = split.cols(f.K), ns = split.cols(f.N);
 #pragma omp barrier
     for (int64_t m = range.begin; m < range.end; m += kBlockRows) {
@@ -70,9 +83,11 @@ static void forward(const LoraForward& f) {
       const bool writes_s = !split.columns || split.id == 0;
       own.block.round_from(own.sum.finish(rows, split, shared.parts), own.sum.ld(), rows,
                            writes_s ? static_cast<Store*>(f.s) + m * f.R : nullptr);
-      expand<K>(own.block, rows, shared.bt, f.N, ns, f.scaling, static_cast<const typename K::Acc*>(f.bias), nullptr, 0,
-                static_cast<Store*>(f.y) + m * f.N, own.scratch);
+      if (!whole)
+        expand<K>(own.block, rows, shared.bt, f.N, ns, f.scaling, base.bias, nullptr, 0, base.out + m * f.N, own.scratch);
     }
+#pragma omp barrier
+    if (whole) base.run(shared.gemm, own.base, shared.bt);
   }
 }
 
@@ -101,7 +116,8 @@ struct BackwardOwn {
   RankSum<K> g_sum;
   RankBlock<K> g, s;
   OuterSum<K> dbt, da;
-  BackwardOwn(Arena& a, const LoraBackward& f, const Split& split)
+  typename LoraBase<K>::Own base;
+  BackwardOwn(Arena& a, const LoraBackward& f, const Split& split, const LoraBase<K>& base_)
       : chunk(a.take<Step>(kBlockRows * K::chunk_ld)),
         pairs(a.take<Step>(K::pair == 2 ? kBlockRows / 2 * K::pairs_ld : 0)),
         scratch(a.take<Acc>(round_up(f.R > kBlockRows ? f.R : kBlockRows, K::W) * K::panel)),
@@ -110,16 +126,30 @@ struct BackwardOwn {
         g(a, f.R),
         s(a, f.R),
         dbt(a, s_height(f), f.N, split.cols(f.N), f.M),
-        da(a, f.da ? f.R : 0, f.K, split.cols(f.K), f.M) {}
+        da(a, f.da ? f.R : 0, f.K, split.cols(f.K), f.M),
+        base(a, base_) {}
 
   // Rows of [s | 1] that dy is multiplied with, and the first of them.
   static int64_t s_height(const LoraBackward& f) { return (f.db ? f.R : 0) + (f.dbias ? 1 : 0); }
   static int64_t s_first(const LoraBackward& f) { return f.db ? 0 : f.R; }
 };
 
+template <class K>
 struct BackwardShared {
-  void *b, *a;                                 // packed lora_b and lora_a
+  typename K::Step *b, *a;                        // packed lora_b and lora_a
   const void **g_parts, **dbt_parts, **da_parts;  // one pointer per thread
+  typename K::Store* g;                           // dy @ lora_b [M, R], where dx is made by a whole GEMM, else null
+  GemmShared<K> gemm;
+
+  static bool whole(const LoraBackward& f) { return f.dx && f.weight.data; }
+  BackwardShared(Arena& arena, const LoraBackward& f)
+      : b(arena.take<typename K::Step>(f.dx || f.da ? RankLanes<K>(f.R).padded * ceil_div(f.N, K::pair) : 0)),
+        a(arena.take<typename K::Step>(f.dx ? round_up(f.K, K::panel) * ceil_div(f.R, K::pair) : 0)),
+        g_parts(arena.take<const void*>(f.threads)),
+        dbt_parts(arena.take<const void*>(f.threads)),
+        da_parts(arena.take<const void*>(f.threads)),
+        g(whole(f) ? arena.take<typename K::Store>(f.M * f.R) : nullptr),
+        gemm(arena, whole(f) ? ceil_div(f.N, K::pair) : 0, whole(f) ? f.K : 0) {}
 };
 
 // dlora_b [N, R] rows n0 .. n0 + live from a panel [R][panel] of its transpose.
@@ -171,11 +201,10 @@ static void write_over_k(const LoraBackward& f, const Parts& parts, Range range,
   }
 }
 
-// One thread's rows: dx, and its share of dBt and dA.
+// One thread's rows: dx, or g for the GEMM that makes it, and the thread's share of dBt and dA.
 template <class K>
-static void backward_rows(const LoraBackward& f, const Split& split, const BackwardShared& shared, BackwardOwn<K>& own) {
+static void backward_rows(const LoraBackward& f, const Split& split, const BackwardShared<K>& shared, BackwardOwn<K>& own) {
   using Store = typename K::Store;
-  using Step = typename K::Step;
   const bool need_g = f.dx || f.da, single = f.M <= kBlockRows;
   const int64_t height = own.s_height(f), n_steps = ceil_div(f.N, K::pair), mask_ld = ceil_div(f.K, 8);
   const Range range = split.rows(), ns = split.cols(f.N), ks = split.cols(f.K);
@@ -190,7 +219,7 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
     for (int64_t n = ns.begin; n < ns.end && (need_g || height); n += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, ns.end - n);
       load_chunk<K>(own.chunk, static_cast<const Store*>(f.dy.data) + m * f.dy.row + n, f.dy.row, rows, cols, nullptr, 0, 0);
-      if (need_g) own.g_sum.add(own.chunk, rows, ceil_div(cols, K::pair), static_cast<Step*>(shared.b), n / K::pair, n_steps);
+      if (need_g) own.g_sum.add(own.chunk, rows, ceil_div(cols, K::pair), shared.b, n / K::pair, n_steps);
       if (height)
         own.dbt.add(own.s.by_column + own.s_first(f), own.s.columns_ld, rows,
                     across_rows<K>(own.chunk, own.pairs, rows, cols), K::pair == 2 ? K::pairs_ld : K::chunk_ld,
@@ -202,9 +231,11 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
     }
     if (height) own.dbt.end_block();
     if (!need_g) continue;
-    own.g.round_from(own.g_sum.finish(rows, split, shared.g_parts), own.g_sum.ld(), rows, nullptr);
-    if (f.dx)
-      expand<K>(own.g, rows, static_cast<Step*>(shared.a), f.K, ks, f.scaling, nullptr, mask, mask_ld,
+    const bool writes_g = shared.g && (!split.columns || split.id == 0);
+    own.g.round_from(own.g_sum.finish(rows, split, shared.g_parts), own.g_sum.ld(), rows,
+                     writes_g ? shared.g + m * f.R : nullptr);
+    if (f.dx && !shared.g)
+      expand<K>(own.g, rows, shared.a, f.K, ks, f.scaling, nullptr, mask, mask_ld,
                 static_cast<Store*>(f.dx) + m * f.K, own.scratch);
     for (int64_t k = ks.begin; k < ks.end && f.da; k += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, ks.end - k);
@@ -222,34 +253,28 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
 
 template <class K>
 static void backward(const LoraBackward& f) {
-  using Step = typename K::Step;
+  if (few_rows(f.M, f.mask)) return few_backward<K>(f);
   const RankLanes<K> lanes(f.R);
   const bool need_g = f.dx || f.da;
-  const int64_t n_steps = ceil_div(f.N, K::pair), r_steps = ceil_div(f.R, K::pair), wide = ceil_div(f.K, K::panel);
-  const auto lay_out = [&](Arena& arena) {
-    BackwardShared shared;
-    shared.b = arena.take<Step>(need_g ? lanes.padded * n_steps : 0);
-    shared.a = arena.take<Step>(f.dx ? wide * r_steps * K::panel : 0);
-    shared.g_parts = arena.take<const void*>(f.threads);
-    shared.dbt_parts = arena.take<const void*>(f.threads);
-    shared.da_parts = arena.take<const void*>(f.threads);
-    return shared;
-  };
+  const int64_t wide = ceil_div(f.K, K::panel);
   Arena shared_size{nullptr}, own_size{nullptr};
-  lay_out(shared_size);
-  BackwardOwn<K>(own_size, f, Split(f.M, 1, 0));
+  BackwardShared<K> measured(shared_size, f);
+  LoraBase<K> base(f.dy, f.N, nullptr, f.R, {f.weight.data, f.weight.line, f.weight.transposed}, f.M, f.K, f.scaling);
+  BackwardOwn<K>(own_size, f, Split(f.M, 1, 0), base);
   Workspace space(shared_size.used + f.threads * own_size.used);
   Arena arena{static_cast<char*>(space.memory)};
-  const BackwardShared shared = lay_out(arena);
+  const BackwardShared<K> shared(arena, f);
+  base.rank.data = shared.g;
+  base.mask = f.mask, base.mask_ld = ceil_div(f.K, 8);
+  base.out = static_cast<typename K::Store*>(f.dx);
 
 #pragma omp parallel num_threads(f.threads)
   {
     const Split split(f.M, team_size(), thread_id());
-    if (need_g)
-      pack<K>(static_cast<Step*>(shared.b), lanes.panels, lanes.width, f.N, f.R, f.b, false, split.threads, split.id);
-    if (f.dx) pack<K>(static_cast<Step*>(shared.a), wide, K::panel, f.R, f.K, f.a, false, split.threads, split.id);
+    if (need_g) pack<K>(shared.b, lanes.panels, lanes.width, f.N, f.R, f.b, false, split.threads, split.id);
+    if (f.dx) pack<K>(shared.a, wide, K::panel, f.R, f.K, f.a, false, split.threads, split.id);
     Arena own_arena{static_cast<char*>(space.memory) + shared_size.used + split.id * own_size.used};
-    BackwardOwn<K> own(own_arena, f, split);
+    BackwardOwn<K> own(own_arena, f, split, base);
 #pragma omp barrier
     backward_rows<K>(f, split, shared, own);
     if (f.M == 0 || f.M > kBlockRows) {
@@ -260,6 +285,8 @@ static void backward(const LoraBackward& f) {
       write_over_n<K>(f, {shared.dbt_parts, split.owners(), 0}, {first, f.N}, split.threads, own);
       write_over_k<K>(f, {shared.da_parts, split.owners(), 0}, {first, f.K}, split.threads, own);
     }
+#pragma omp barrier
+    if (shared.g) base.run(shared.gemm, own.base, shared.a);
   }
 }
 

@@ -1,0 +1,151 @@
+// out = finish(start + left @ right) for any right operand that can be packed: a whole GEMM, blocked for the cache.
+// Compiled once per instruction set.
+//
+// Columns of `right` are packed by all threads, a group at a time, and shared; then each thread takes blocks of rows of `left`
+// as it finds time (a core that is slowed down takes fewer; who computes a block does not change its bits). Of a tile of 6
+// rows and one panel the sums stay in registers for a run, then join the block's sums in L1: short chains round less than one
+// long one, and cost under 2 % (one load and store of a tile per 256 steps of bf16).
+#pragma once
+
+#include "low_rank_cpu.h"
+
+namespace peft_kernels {
+namespace PK_ISA {
+
+constexpr int64_t kGemmHeight = 6;              // rows of a register tile
+constexpr int64_t kGemmRows = 48;               // rows per block: their sums for one panel fill a quarter of L1
+constexpr int64_t kGemmRun = 128;               // terms per chain; a step of a pair is two, and its results are rounded anyway
+constexpr int64_t kGroupBytes = int64_t{4} << 20;  // packed columns at a time: in L3, or L2 where that is large
+
+// The rows of one operand as the micro-kernel broadcasts them: in place where memory already holds whole steps.
+template <class K>
+struct LeftRows {
+  using Step = typename K::Step;
+  using Elem = typename K::Elem;
+  using Store = typename K::Store;
+  const Store* data;
+  int64_t row, cols;
+  bool in_place;
+
+  LeftRows(const Rows& rows, int64_t cols_) : data(static_cast<const Store*>(rows.data)), row(rows.row), cols(cols_) {
+    in_place = sizeof(Store) == sizeof(Elem) && row % K::pair == 0 && cols % K::pair == 0;
+  }
+  int64_t steps() const { return ceil_div(cols, K::pair); }
+  // Of the buffer that `block` needs, in steps.
+  int64_t buffer(int64_t rows) const { return in_place ? 0 : rows * steps(); }
+
+  // Rows [m, m + count): where they are, and the distance between them in steps.
+  const Step* block(int64_t m, int64_t count, Step* buffer, int64_t* ld) const {
+    if (in_place) {
+      *ld = row / K::pair;
+      return reinterpret_cast<const Step*>(data + m * row);
+    }
+    *ld = steps();
+    for (int64_t i = 0; i < count; ++i) {
+      Elem* line = reinterpret_cast<Elem*>(buffer + i * *ld);
+      convert(line, data + (m + i) * row, cols);
+      for (int64_t k = cols; k < *ld * K::pair; ++k) line[k] = Elem{};
+    }
+    return buffer;
+  }
+};
+
+// The right operand [D, J] in memory: element (d, j) is data[d * line + j], or data[j * line + d] if `by_columns`.
+struct RightMatrix {
+  const void* data;
+  int64_t line;
+  bool by_columns;
+};
+
+template <class K>
+static int64_t group_columns(int64_t steps, int64_t J) {
+  const int64_t column = (steps > 0 ? steps : 1) * static_cast<int64_t>(sizeof(typename K::Step));
+  const int64_t fit = kGroupBytes / column / K::panel * K::panel;
+  return min64(round_up(J, K::panel), fit > K::panel ? fit : K::panel);
+}
+
+// Packs columns [j0, j0 + live) of `right` [D, J], shared among the threads.
+template <class K>
+static void pack_group(typename K::Step* group, const RightMatrix& right, int64_t D, int64_t j0, int64_t live, int threads,
+                       int id) {
+  const auto* data = static_cast<const typename K::Store*>(right.data);
+  const Rows from{data + (right.by_columns ? j0 * right.line : j0), right.line};
+  pack<K>(group, ceil_div(live, K::panel), K::panel, D, live, from, right.by_columns, threads, id);
+}
+
+// sums [rows][panel] += left @ packed panel.
+template <class K>
+static void add_panel(const typename K::Step* left, int64_t ld, int64_t rows, int64_t steps, const typename K::Step* panel,
+                      typename K::Acc* sums) {
+  constexpr int64_t run = kGemmRun * K::pair;
+  for (int64_t k = 0; k < steps; k += run)
+    tiles<typename K::Math, kGemmHeight, K::panel_vectors, 0, 1>(rows, min64(run, steps - k), left + k, ld, 1,
+                                                                panel + k * K::panel, K::panel, sums, K::panel, false);
+}
+
+template <class K>
+struct GemmShared {
+  int64_t columns;  // of a group
+  typename K::Step* group;
+  int64_t* next;    // the first task that no thread has taken: of this group, and of the next one
+  GemmShared(Arena& arena, int64_t steps, int64_t J)
+      : columns(group_columns<K>(steps, J)),
+        group(arena.take<typename K::Step>(columns * steps)),
+        next(arena.take<int64_t>(2)) {}
+};
+
+template <class K>
+struct GemmOwn {
+  typename K::Step* rows;
+  typename K::Acc* sums;
+  GemmOwn(Arena& arena, const LeftRows<K>& left)
+      : rows(arena.take<typename K::Step>(left.buffer(kGemmRows))), sums(arena.take<typename K::Acc>(kGemmRows * K::panel)) {}
+};
+
+// How a group's work is cut: blocks of rows, each in slices of panels where there are too few blocks for the threads.
+struct GemmTasks {
+  int64_t rows, blocks, slice, slices;  // rows per block, panels per slice
+  GemmTasks(int64_t M, int64_t panels, int threads) {
+    rows = min64(kGemmRows, round_up(ceil_div(M, threads), kGemmHeight));
+    blocks = ceil_div(M, rows);
+    slice = ceil_div(panels, min64(panels, ceil_div(2 * threads, blocks)));
+    slices = ceil_div(panels, slice);
+  }
+};
+
+// To be called by every thread of the team, with M > 0. Per block of rows [m, m + n): block(m, n) first; then for each panel
+// of columns start(sums, m, n, j, live) writes sums [n][panel] and finish does with the total what is to be done.
+template <class K, class Block, class Start, class Finish>
+static void gemm(const LeftRows<K>& left, const RightMatrix& right, int64_t M, int64_t J, const GemmShared<K>& shared,
+                 const GemmOwn<K>& own, Block block, Start start, Finish finish) {
+  const int id = thread_id();
+  const int64_t steps = left.steps();
+  int64_t *now = shared.next, *later = now + 1;
+  if (id == 0) *now = 0;
+  for (int64_t j0 = 0; j0 < J; j0 += shared.columns) {
+    const int64_t live = min64(shared.columns, J - j0);
+    pack_group<K>(shared.group, right, left.cols, j0, live, team_size(), id);
+#pragma omp barrier
+    if (id == 0) *later = 0;
+    const GemmTasks tasks(M, ceil_div(live, K::panel), team_size());
+    for (int64_t task; (task = __atomic_fetch_add(now, 1, __ATOMIC_RELAXED)) < tasks.blocks * tasks.slices;) {
+      const int64_t m = task / tasks.slices * tasks.rows, rows = min64(tasks.rows, M - m);
+      const int64_t first = task % tasks.slices * tasks.slice * K::panel, last = min64(live, first + tasks.slice * K::panel);
+      int64_t ld;
+      const typename K::Step* from = left.block(m, rows, own.rows, &ld);
+      block(m, rows);
+      for (int64_t j = first; j < last; j += K::panel) {
+        const int64_t n = min64(K::panel, live - j);
+        start(own.sums, m, rows, j0 + j, n);
+        add_panel<K>(from, ld, rows, steps, shared.group + j * steps, own.sums);
+        finish(own.sums, m, rows, j0 + j, n);
+      }
+    }
+#pragma omp barrier
+    int64_t* const done = now;
+    now = later, later = done;
+  }
+}
+
+}  // namespace PK_ISA
+}  // namespace peft_kernels

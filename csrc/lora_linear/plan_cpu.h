@@ -1,0 +1,29 @@
+// Who makes the base product on a CPU: the GEMM that starts with the low-rank product (lora_base_cpu.h), or Torch's BLAS.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../common/cpu_isa.h"
+#include "../common/rows.h"
+
+namespace peft_kernels {
+
+enum class BaseBy { automatic, blas, fused };
+
+BaseBy base_by();
+void set_base_by(const std::string& name);  // "auto", "blas" or "fused"; throws std::invalid_argument for another
+
+// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores: in bf16 oneDNN is level at
+// 512 rows; in the wider types MKL is level at 8, and what ATen does for fp16 is slower there.
+constexpr int64_t kFusedRowsBf16 = 512, kFusedRows = 8;
+
+// Fused where it was measured to be faster than Torch's BLAS: AVX-512 on AMD (Zen 5), where MKL stays with AVX2 and oneDNN has
+// no AMX to use. On Intel, and below AVX-512, nothing is measured: the BLAS.
+inline bool fuses_base(Dtype dtype, int64_t M) {
+  if (base_by() != BaseBy::automatic) return base_by() == BaseBy::fused && M > 0;
+  const bool narrow = dtype == Dtype::bf16;
+  return is_amd() && active_isa() >= (narrow ? Isa::avx512bf16 : Isa::avx512) && M >= (narrow ? kFusedRowsBf16 : kFusedRows);
+}
+
+}  // namespace peft_kernels
