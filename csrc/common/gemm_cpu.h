@@ -15,6 +15,7 @@ namespace PK_ISA {
 constexpr int64_t kGemmHeight = 6;              // rows of a register tile
 constexpr int64_t kGemmRows = 48;               // rows per block: their sums for one panel fill a quarter of L1
 constexpr int64_t kGemmRun = 128;               // terms per chain; a step of a pair is two, and its results are rounded anyway
+constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kGroupBytes = int64_t{4} << 20;  // packed columns at a time: in L3, or L2 where that is large
 
 // The rows of one operand as the micro-kernel broadcasts them: in place where memory already holds whole steps.
@@ -102,13 +103,13 @@ struct GemmOwn {
       : rows(arena.take<typename K::Step>(left.buffer(kGemmRows))), sums(arena.take<typename K::Acc>(kGemmRows * K::panel)) {}
 };
 
-// How a group's work is cut: blocks of rows, each in slices of panels where there are too few blocks for the threads.
+// How a group's work is cut: blocks of rows, each in slices of panels where the blocks are too few to share out evenly.
 struct GemmTasks {
   int64_t rows, blocks, slice, slices;  // rows per block, panels per slice
   GemmTasks(int64_t M, int64_t panels, int threads) {
     rows = min64(kGemmRows, round_up(ceil_div(M, threads), kGemmHeight));
     blocks = ceil_div(M, rows);
-    slice = ceil_div(panels, min64(panels, ceil_div(2 * threads, blocks)));
+    slice = ceil_div(panels, min64(panels, ceil_div(kTasksPerThread * threads, blocks)));
     slices = ceil_div(panels, slice);
   }
 };

@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   }
   f.threads = at::get_num_threads();
   Tensor base;
-  const bool fused = weight && !few && fuses_base(f.dtype, M);
+  const bool fused = weight && !few && fuses_base(f.dtype, M, weight->stride(1) == 1);
   if (fused) f.weight = weight_of(*weight, x.scalar_type(), base);
   if (M > 0 && R > 0) lora_kernels().forward(f);
   if (weight && !fused) add_base(y, x_rows, weight->t());
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   f.threads = at::get_num_threads();
   if (M == 0) f.dx = nullptr;  // an empty tensor's null pointer already says so; the sums below become zero
   Tensor base;
-  const bool fused = f.dx && weight && !few && fuses_base(f.dtype, M);
+  const bool fused = f.dx && weight && !few && fuses_base(f.dtype, M, weight->stride(1) != 1);
   if (fused) f.weight = weight_of(*weight, dtype, base);
   lora_kernels().backward(f);
   if (need_dx && weight && !fused) add_base(dx, dy_rows, *weight);

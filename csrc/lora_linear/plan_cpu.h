@@ -14,16 +14,18 @@ enum class BaseBy { automatic, blas, fused };
 BaseBy base_by();
 void set_base_by(const std::string& name);  // "auto", "blas" or "fused"; throws std::invalid_argument for another
 
-// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores: in bf16 oneDNN is level at
-// 512 rows; in the wider types MKL is level at 8, and what ATen does for fp16 is slower there.
-constexpr int64_t kFusedRowsBf16 = 512, kFusedRows = 8;
+// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores, ranks 4 to 256. With the
+// reduction along the columns of the right operand's rows (dy @ weight) both BLAS are slow: from the first row that gets here.
+// Where it runs along them (x @ weight.T) they read few rows' weights in place: oneDNN is level at 512 rows, MKL at 12.
+constexpr int64_t kFusedRowsBf16 = 512, kFusedRows = 12;
 
 // Fused where it was measured to be faster than Torch's BLAS: AVX-512 on AMD (Zen 5), where MKL stays with AVX2 and oneDNN has
 // no AMX to use. On Intel, and below AVX-512, nothing is measured: the BLAS.
-inline bool fuses_base(Dtype dtype, int64_t M) {
+inline bool fuses_base(Dtype dtype, int64_t M, bool right_by_columns) {
   if (base_by() != BaseBy::automatic) return base_by() == BaseBy::fused && M > 0;
   const bool narrow = dtype == Dtype::bf16;
-  return is_amd() && active_isa() >= (narrow ? Isa::avx512bf16 : Isa::avx512) && M >= (narrow ? kFusedRowsBf16 : kFusedRows);
+  if (!is_amd() || active_isa() < (narrow ? Isa::avx512bf16 : Isa::avx512)) return false;
+  return M >= (!right_by_columns ? 1 : narrow ? kFusedRowsBf16 : kFusedRows);
 }
 
 }  // namespace peft_kernels
