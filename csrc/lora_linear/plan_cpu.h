@@ -14,9 +14,9 @@ enum class BaseBy { automatic, blas, fused };
 BaseBy base_by();
 void set_base_by(const std::string& name);  // "auto", "blas" or "fused"; throws std::invalid_argument for another
 
-// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores, ranks 4 to 256. With the
-// reduction along the columns of the right operand's rows (dy @ weight) both BLAS are slow: from the first row that gets here.
-// Where it runs along them (x @ weight.T) they read few rows' weights in place: oneDNN is level at 512 rows, MKL at 12.
+// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores, ranks 4 to 256. Where the sum
+// runs down the weight's lines (dy @ weight) both BLAS are slow: from the first row that gets here. Where it runs along them
+// (x @ weight.T) few rows' products read the weight in place: oneDNN is level at 512 rows, MKL at 12.
 constexpr int64_t kFusedRowsBf16 = 512, kFusedRows = 12;
 
 // Fused where it was measured to be faster than Torch's BLAS: AVX-512 on AMD (Zen 5), where MKL stays with AVX2 and oneDNN has
