@@ -27,7 +27,7 @@ BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any('triton' 
 
 help:
 	@echo "make demo    fine-tune a real model beside HF PEFT; prints accuracy, speed, memory (ARGS=--help for options)"
-	@echo "make test    lint, the test-suite, the machine-code gate on two Triton versions"
+	@echo "make test    lint, the test-suite, the machine-code gate on two Triton versions, the rehearsal of make gpu"
 	@echo "make gpu     check and measure on a GPU, no network needed (DEVICE= OUT= ONLY= TUNE=1)"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer, on a GPU: once per change of a kernel"
 	@echo "make build   .venv with the package built in place;  make venv: without building it"
@@ -81,6 +81,7 @@ lint: $(VENV)/.requirements
 test: lint $(VENV)/.built $(VENV)/triton-gate .cache/vaderSentiment-3.3.2.tar.gz
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-gate $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) $(ARGS)
+	$(MAKE) gpu DEVICE=cpu OUT=build/rehearsal ONLY= TUNE= ARGS=--force
 
 # A GPU machine has everything installed and no network; benchmarks/gpu.py builds the extensions there itself.
 $(VENV)/.gpu: | $(VENV)/.torch
