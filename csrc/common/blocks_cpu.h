@@ -36,7 +36,7 @@ struct Kind {
   static constexpr int chunk_cols = chunk_steps * pair;
   static constexpr int chunk_ld = chunk_steps + 16;    // in steps; off the power of two that would share cache sets
   static constexpr int pairs_ld = chunk_cols + 16;     // in steps, of the chunk with rows interleaved
-  static constexpr int chain = 64 * pair;              // terms summed in 64 steps, before they join a longer sum
+  static constexpr int chain = pair == 2 ? 256 : 64;   // terms summed before they join a longer sum; bf16 hides 128 steps
 };
 
 constexpr int64_t kBlockRows = 288;  // rows in flight; a multiple of every tile height
@@ -155,9 +155,12 @@ template <class K>
 static void load_chunk(typename K::Step* chunk, const typename K::Store* src, int64_t ld, int64_t rows, int64_t cols,
                        const uint8_t* mask, int64_t mask_ld, int64_t col) {
   using Elem = typename K::Elem;
+  constexpr int64_t ahead = 4;  // rows
   Elem* dst = reinterpret_cast<Elem*>(chunk);
   const int64_t padded = round_up(cols, K::panel);
   for (int64_t i = 0; i < rows; ++i, dst += K::chunk_ld * K::pair) {
+    for (int64_t j = 0; i + ahead < rows && j < cols; j += 64 / sizeof(typename K::Store))
+      __builtin_prefetch(src + (i + ahead) * ld + j);
     convert(dst, src + i * ld, cols);
     if (mask) apply_mask(dst, mask + i * mask_ld, col, cols);
     for (int64_t j = cols; j < padded; ++j) dst[j] = Elem{};

@@ -14,10 +14,10 @@ enum class BaseBy { automatic, blas, fused };
 BaseBy base_by();
 void set_base_by(const std::string& name);  // "auto", "blas" or "fused"; throws std::invalid_argument for another
 
-// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores, ranks 4 to 256. Where the sum
-// runs down the weight's lines (dy @ weight) both BLAS are slow: from the first row that gets here. Where it runs along them
-// (x @ weight.T) few rows' products read the weight in place: oneDNN is level at 512 rows, MKL at 12.
-constexpr int64_t kFusedRowsBf16 = 512, kFusedRows = 12;
+// From how many rows on: packing the weight must be repaid. Measured at N = K = 2048 on two cores, weights not in the cache.
+// oneDNN reads the weight in place for few rows where the sum runs along its lines (x @ weight.T): it is level at 512 rows, and
+// at 64 where the sum runs down them (dy @ weight). MKL is level at 12 in both.
+constexpr int64_t kFusedRowsAlong = 512, kFusedRowsDown = 64, kFusedRowsMkl = 12;
 
 // Fused where it was measured to be faster than Torch's BLAS: AVX-512 on AMD (Zen 5), where MKL stays with AVX2 and oneDNN has
 // no AMX to use. On Intel, and below AVX-512, nothing is measured: the BLAS.
@@ -25,7 +25,7 @@ inline bool fuses_base(Dtype dtype, int64_t M, bool right_by_columns) {
   if (base_by() != BaseBy::automatic) return base_by() == BaseBy::fused && M > 0;
   const bool narrow = dtype == Dtype::bf16;
   if (!is_amd() || active_isa() < (narrow ? Isa::avx512bf16 : Isa::avx512)) return false;
-  return M >= (!right_by_columns ? 1 : narrow ? kFusedRowsBf16 : kFusedRows);
+  return M >= (!narrow ? kFusedRowsMkl : right_by_columns ? kFusedRowsAlong : kFusedRowsDown);
 }
 
 }  // namespace peft_kernels
