@@ -28,6 +28,14 @@ PYBIND11_MODULE(_C_cpu, m) {
   m.def("set_base_product", &pk::set_base_by, py::arg("by"),
         "Who makes the LoRA linear's base product: \"fused\", \"blas\" or \"auto\", for tests and measurements. Raises "
         "ValueError for another name.");
+  m.def(
+      "base_product",
+      [](bool bf16, int64_t rows, bool along_lines) {
+        return pk::fuses_base(bf16 ? pk::Dtype::bf16 : pk::Dtype::f32, rows, along_lines) ? "fused" : "blas";
+      },
+      py::arg("bf16"), py::arg("rows"), py::arg("along_lines"),
+      "Who makes the base product of so many rows in bf16 or a wider type: along_lines for x @ weight.T of a weight [N, K] "
+      "whose K is contiguous, else for dy @ weight.");
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = PEFT_KERNELS_TORCH_VERSION;

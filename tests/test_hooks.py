@@ -1,6 +1,7 @@
 """Hooks on the layers that get adapters: they go on working on the fused layer, or the layer is refused by name."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -203,11 +204,19 @@ def patched() -> nn.Module:
     return linear
 
 
+def partly_counting() -> nn.Module:
+    linear = Counting()
+    (handle,) = linear._forward_hooks
+    linear._forward_hooks[handle] = functools.partial(linear._forward_hooks[handle])
+    return linear
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (legacy, "use register_full_backward_hook"),
         (Counting, "hook count is a method of the layer itself"),
+        (partly_counting, "hook count is a method of the layer itself"),
         (observed, "beside weight and bias, largest"),
         (pruned, "its bias is computed at each call"),
         (parametrised, "its bias is computed at each call"),
@@ -215,7 +224,17 @@ def patched() -> nn.Module:
         (lambda: nn.utils.spectral_norm(nn.Linear(K, N)), "its weight is computed at each call"),
         (patched, "has a forward of its own"),
     ],
-    ids=["legacy", "own method", "buffer", "pruned", "parametrised", "weight_norm", "spectral_norm", "forward"],
+    ids=[
+        "legacy",
+        "own method",
+        "own method, partial",
+        "buffer",
+        "pruned",
+        "parametrised",
+        "weight_norm",
+        "spectral_norm",
+        "forward",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 def test_what_cannot_move_is_refused_with_the_reason(build, message):

@@ -87,9 +87,13 @@ def test_long_sums_of_few_rows(name, adapters):
         _C.set_isa(before)
 
 
-@pytest.mark.parametrize("case", [Case(13, 3000, 3100, 3, dtype, positive=True) for dtype in DTYPES[:3]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(13, 1500, 1600, 3, dtype, positive=True) for dtype in DTYPES[:3]] + [Case(7, 70_001, 20, 3, positive=True)],
+    ids=str,
+)
 def test_long_sums_over_the_weight(case):
-    """The full bound, which a BLAS need not keep, for the base product that starts with the low-rank one."""
+    """The full bound for the base product that starts with the low-rank one: up to a vocabulary's length."""
     _C.set_base_product("fused")
     try:
         for check in checks.CHECKS:
@@ -103,7 +107,8 @@ def test_long_sums_over_the_weight(case):
 def test_weights_of_any_layout(isa, dtype, shape):
     """Columns first (GPT-2's Conv1D), and strided both ways."""
     M, K = 33, 70
-    for turned in (torch.randn(K, shape[0]).t(), torch.randn(shape[0], 2 * K)[:, ::2], torch.randn(1, K).expand(shape[0], K)):
+    N = shape[0]
+    for turned in (torch.randn(K, N).t(), torch.randn(N, 2 * K)[:, ::2], torch.randn(1, K).expand(N, K)):
         weight, x, dy = turned.to(dtype), torch.randn(M, K).to(dtype), torch.randn(M, shape[0]).to(dtype)
         lora_a, lora_b = torch.randn(shape[1], K).to(dtype), torch.randn(shape[0], shape[1]).to(dtype)
         y, s, mask = op.lora_linear_fwd(x, weight, lora_a, lora_b, None, None, 0.5, 0)
@@ -112,6 +117,34 @@ def test_weights_of_any_layout(isa, dtype, shape):
         dx, _, _, _ = op.lora_linear_bwd(dy, x, weight, lora_a, lora_b, s, mask, 0.5, True, False, False, False)
         truth = bounds.backward(dy, x, weight, lora_a, lora_b, s, mask, 0.5)
         bounds.assert_within(dx, *truth["dx"], "dx")
+
+
+def test_base_product_is_chosen_by_rows_and_layout():
+    """Along the weight's lines the BLAS is ahead for longer; off AVX-512 AMD it is always taken."""
+    rows = (1, 11, 12, 63, 64, 511, 512, 100_000)
+    taken = {
+        (bf16, along): [_C.base_product(bf16, M, along) == "fused" for M in rows]
+        for bf16 in (True, False)
+        for along in (True, False)
+    }
+    for flags in taken.values():
+        assert flags == sorted(flags), "more rows never go back to the BLAS"
+    if taken[True, True][-1]:
+        assert [sum(taken[key]) for key in ((True, True), (True, False), (False, True), (False, False))] == [2, 4, 6, 6]
+    before = _C.isa()
+    _C.set_isa(ISAS[0])
+    assert ISAS[0] in ("avx512", "avx512bf16") or not any(_C.base_product(False, M, False) == "fused" for M in rows)
+    _C.set_isa(before)
+
+
+@pytest.mark.parametrize("M", [3, 9])
+def test_rank_zero_is_refused(M):
+    x, lora_a, lora_b = torch.randn(M, 6), torch.zeros(0, 6), torch.zeros(5, 0)
+    with pytest.raises(RuntimeError, match="expected a rank of at least 1"):
+        op.lora_linear_fwd(x, None, lora_a, lora_b, None, None, 1.0, 0)
+    dy, s, mask = torch.randn(M, 5), torch.zeros(M, 0), torch.empty(0, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="expected a rank of at least 1"):
+        op.lora_linear_bwd(dy, x, None, lora_a, lora_b, s, mask, 1.0, True, True, True, False)
 
 
 def test_base_product_by_a_name_that_is_none():

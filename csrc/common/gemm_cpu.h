@@ -15,6 +15,7 @@ namespace PK_ISA {
 constexpr int64_t kGemmHeight = 6;              // rows of a register tile
 constexpr int64_t kGemmRows = 48;               // rows per block: their sums for one panel fill a quarter of L1
 constexpr int64_t kGemmRun = 128;               // terms per chain; a step of a pair is two, and its results are rounded anyway
+constexpr int64_t kGemmRuns = 32;               // runs per second-level sum
 constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kGroupBytes = int64_t{4} << 20;  // packed columns at a time: in L3, or L2 where that is large
 
@@ -74,14 +75,22 @@ static void pack_group(typename K::Step* group, const RightMatrix& right, int64_
   pack<K>(group, ceil_div(live, K::panel), K::panel, D, live, from, right.by_columns, threads, id);
 }
 
-// sums [rows][panel] += left @ packed panel.
+// sums [rows][panel] += left @ packed panel. After kGemmRuns runs they join `total` [rows][panel], which the end adds back.
 template <class K>
 static void add_panel(const typename K::Step* left, int64_t ld, int64_t rows, int64_t steps, const typename K::Step* panel,
-                      typename K::Acc* sums) {
+                      typename K::Acc* sums, typename K::Acc* total) {
   constexpr int64_t run = kGemmRun * K::pair;
-  for (int64_t k = 0; k < steps; k += run)
+  bool fresh = false, has_total = false;
+  int64_t runs = 0;
+  for (int64_t k = 0; k < steps; k += run) {
     tiles<typename K::Math, kGemmHeight, K::panel_vectors, 0, 1>(rows, min64(run, steps - k), left + k, ld, 1,
-                                                                panel + k * K::panel, K::panel, sums, K::panel, false);
+                                                                panel + k * K::panel, K::panel, sums, K::panel, fresh);
+    fresh = ++runs % kGemmRuns == 0 && k + run < steps;
+    if (!fresh) continue;
+    for (int64_t i = 0; i < rows * K::panel; ++i) total[i] = has_total ? total[i] + sums[i] : sums[i];
+    has_total = true;
+  }
+  for (int64_t i = 0; has_total && i < rows * K::panel; ++i) sums[i] += total[i];
 }
 
 template <class K>
@@ -98,9 +107,11 @@ struct GemmShared {
 template <class K>
 struct GemmOwn {
   typename K::Step* rows;
-  typename K::Acc* sums;
+  typename K::Acc *sums, *total;
   GemmOwn(Arena& arena, const LeftRows<K>& left)
-      : rows(arena.take<typename K::Step>(left.buffer(kGemmRows))), sums(arena.take<typename K::Acc>(kGemmRows * K::panel)) {}
+      : rows(arena.take<typename K::Step>(left.buffer(kGemmRows))),
+        sums(arena.take<typename K::Acc>(kGemmRows * K::panel)),
+        total(arena.take<typename K::Acc>(kGemmRows * K::panel)) {}
 };
 
 // How a group's work is cut: blocks of rows, each in slices of panels where the blocks are too few to share out evenly.
@@ -138,7 +149,7 @@ static void gemm(const LeftRows<K>& left, const RightMatrix& right, int64_t M, i
       for (int64_t j = first; j < last; j += K::panel) {
         const int64_t n = min64(K::panel, live - j);
         start(own.sums, m, rows, j0 + j, n);
-        add_panel<K>(from, ld, rows, steps, shared.group + j * steps, own.sums);
+        add_panel<K>(from, ld, rows, steps, shared.group + j * steps, own.sums, own.total);
         finish(own.sums, m, rows, j0 + j, n);
       }
     }

@@ -45,10 +45,11 @@ static inline void store(T* p, typename Vec<T>::type v) {
   *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
 }
 
-struct bf16 {
+// may_alias: rows of them are read as steps of two.
+struct __attribute__((may_alias)) bf16 {
   uint16_t bits;
 };
-struct f16 {
+struct __attribute__((may_alias)) f16 {
   uint16_t bits;
 };
 

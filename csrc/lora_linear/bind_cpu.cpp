@@ -131,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_linear: lora_a has shape ", lora_a.sizes(), " and lora_b ",
               lora_b.sizes(), "; expected [R, K] and [N, R]");
   const int64_t M = x.size(0), K = x.size(1), R = lora_a.size(0), N = lora_b.size(0);
+  TORCH_CHECK(R > 0, "lora_linear: lora_a has shape ", lora_a.sizes(), "; expected a rank of at least 1");
   check_shape(lora_a, "lora_a", {R, K});
   check_shape(lora_b, "lora_b", {N, R});
   if (weight) check_shape(*weight, "weight", {N, K});
@@ -163,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   Tensor base;
   const bool fused = weight && !few && fuses_base(f.dtype, M, weight->stride(1) == 1);
   if (fused) f.weight = weight_of(*weight, x.scalar_type(), base);
-  if (M > 0 && R > 0) lora_kernels().forward(f);
+  if (M > 0) lora_kernels().forward(f);
   if (weight && !fused) add_base(y, x_rows, weight->t());
   return {y, s, mask};
 }
@@ -177,6 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
   TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_linear: lora_a has shape ", lora_a.sizes(), " and lora_b ",
               lora_b.sizes(), "; expected [R, K] and [N, R]");
   const int64_t M = dy.size(0), N = dy.size(1), R = lora_a.size(0), K = lora_a.size(1);
+  TORCH_CHECK(R > 0, "lora_linear: lora_a has shape ", lora_a.sizes(), "; expected a rank of at least 1");
   check_shape(lora_b, "lora_b", {N, R});
   if (weight) check_shape(*weight, "weight", {N, K});
   TORCH_CHECK(x || !need_dlora_a, "lora_linear: x is None; expected [M, K] because dlora_a is asked for");

@@ -1,5 +1,6 @@
 """Hooks of a layer that another one replaces: which can go over to it, and the move."""
 
+import functools
 import weakref
 from collections import OrderedDict
 
@@ -27,6 +28,8 @@ def immovable(module: nn.Module) -> str | None:
         )
     for hook in hooks:
         hook = getattr(hook, "hook", hook)  # Torch wraps those that run before a load
+        while isinstance(hook, functools.partial):
+            hook = hook.func
         if getattr(hook, "__self__", None) is module:
             return f"its hook {hook.__name__} is a method of the layer itself and would go on with the one replaced"
     held = [*module._parameters, *module._buffers, *module._modules]

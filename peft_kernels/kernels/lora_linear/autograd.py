@@ -147,7 +147,8 @@ def lora_linear(
 
     Saved for backward: x (only if lora_a or weight trains), drop(x) @ lora_a.T [M, R] (only if lora_b trains)
     and one bit per element of x with dropout. A second derivative raises RuntimeError; `torch.func` transforms are
-    not supported. The rank-sized intermediates are of x's dtype: in float16 scale the loss, as always in float16.
+    not supported. The rank-sized intermediates are of x's dtype: in float16 scale the loss, as always in float16
+    (up to 4 rows on a CPU they stay in fp32 for y, and adapters in their own dtype).
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
