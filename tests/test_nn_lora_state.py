@@ -218,3 +218,24 @@ class Own(nn.Linear):
 def test_layers_that_cannot_be_wrapped_say_why(build, message):
     with pytest.raises(ValueError, match=message):
         FusedLoRALinear.from_linear(build())
+
+
+@pytest.mark.parametrize("restorable", [True, False])
+def test_loads_keys_that_a_hook_renames(restorable):
+    layer, ran = make(), []
+
+    def rename(state, prefix, *_):
+        ran.append(prefix)
+        for key in [key for key in state if key.startswith("base.")]:
+            state[key.removeprefix("base.")] = state.pop(key)
+
+    layer._register_load_state_dict_pre_hook(rename)
+    state = {
+        key if key.startswith("lora") else f"base.{key}": value.clone() for key, value in layer.state_dict().items()
+    }
+    layer.merge(restorable=restorable)
+    layer.load_state_dict(dict(state))
+    assert not layer.merged and ran == [""], "once"
+    assert torch.equal(layer.state_dict()["weight"], state["base.weight"])
+    layer.load_state_dict(state)
+    assert ran == ["", ""], "the hook is still there"

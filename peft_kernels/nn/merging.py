@@ -1,5 +1,7 @@
 """Merging adapters into the base weight and back, and what a merged layer writes to and reads from a state_dict."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -156,13 +158,24 @@ class Mergeable(nn.Module):
         Raises:
             RuntimeError: merged with restorable=False, and the dict does not replace the merged weight (and bias).
         """
-        if self.merged and any(key.startswith(prefix) for key in state_dict):
-            if self.restorable:
-                self.unmerge()
-            else:
-                self._expect_replacement(state_dict, prefix)
-                self.merged_adapters = []
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.merged:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        # What the dict holds is known when the hooks have run: they may rename keys. Each runs once.
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            for hook in hooks.values():
+                hook(state_dict, prefix, *args)
+            if any(key.startswith(prefix) for key in state_dict):
+                self._make_way(state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def _make_way(self, state_dict: dict, prefix: str) -> None:
+        if self.restorable:
+            return self.unmerge()
+        self._expect_replacement(state_dict, prefix)
+        self.merged_adapters = []
 
     def _expect_replacement(self, state_dict: dict, prefix: str) -> None:
         for name in self._merged_tensors():
