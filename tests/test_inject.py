@@ -20,7 +20,7 @@ def test_fresh_adapters_change_nothing_and_all_of_them_get_gradients(build):
     pk.inject(model, LoraConfig(target_modules="all-linear", r=3))
     assert not model.training
     assert not any(layer.training for _, layer in fused_layers(model))
-    assert torch.equal(model(tokens).logits, before)
+    torch.testing.assert_close(model(tokens).logits, before)  # to rounding: another GEMM may make the base product
     randomise(nn.ModuleList(layer.lora_B for _, layer in fused_layers(model)))
     after = model(tokens, labels=tokens)
     assert not torch.allclose(after.logits, before)

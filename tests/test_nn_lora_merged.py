@@ -158,7 +158,9 @@ def test_of_several_merged_for_good_each_is_deleted_for_itself():
     assert list(layer.state_dict()) == ["weight", "bias", "lora_A.third", "lora_B.third"]
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_a_merged_layer_unmerge_for_themselves(twin_of):
     layer = several()
     before = snapshot(layer)
