@@ -179,10 +179,10 @@ static inline void interleave_rows(uint32_t* pairs, int64_t pairs_ld, const uint
   }
 }
 
-// One panel of a packed operand Q [steps * pair, width] from its rows [k0, k1) (k0 a multiple of pair):
+// Rows [k0, k1) (k0 a multiple of pair) of one panel of a packed operand Q [steps * pair, width], into `part`:
 // element (k, j) is src[k * ld + j]; outside [Kd, J] it is zero.
 template <class K>
-static void pack_rows(typename K::Step* panel, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src, int64_t ld,
+static void pack_rows(typename K::Step* part, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src, int64_t ld,
                       int64_t Kd, int64_t j0, int64_t J) {
   using Elem = typename K::Elem;
   const int64_t live = min64(width, J - j0);
@@ -191,7 +191,7 @@ static void pack_rows(typename K::Step* panel, int64_t width, int64_t k0, int64_
   for (int64_t k = k0; k < k1; k += K::pair) {
     for (int64_t i = k + ahead; i < min64(Kd, k + ahead + K::pair); ++i)
       for (int64_t j = 0; j < live; j += 64 / sizeof(typename K::Store)) __builtin_prefetch(src + i * ld + j0 + j);
-    typename K::Step* dst = panel + k / K::pair * width;
+    typename K::Step* dst = part + (k - k0) / K::pair * width;
     Elem* into = K::pair == 1 ? reinterpret_cast<Elem*>(dst) : rows;
     for (int64_t i = 0; i < K::pair; ++i) {
       const int64_t valid = k + i < Kd ? live : 0;
@@ -208,7 +208,7 @@ static void pack_rows(typename K::Step* panel, int64_t width, int64_t k0, int64_
 
 // The same for element (k, j) = src[j * ld + k].
 template <class K>
-static void pack_columns(typename K::Step* panel, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src,
+static void pack_columns(typename K::Step* part, int64_t width, int64_t k0, int64_t k1, const typename K::Store* src,
                          int64_t ld, int64_t Kd, int64_t j0, int64_t J) {
   using Elem = typename K::Elem;
   using Bits = typename BitsOf<sizeof(typename K::Step)>::type;
@@ -225,7 +225,7 @@ static void pack_columns(typename K::Step* panel, int64_t width, int64_t k0, int
         if (live) convert(line, src + (j0 + j + lane) * ld + k, live);
         for (int64_t i = live; i < run; ++i) line[i] = Elem{};
       }
-      Bits* dst = reinterpret_cast<Bits*>(panel + k / K::pair * width + j);
+      Bits* dst = reinterpret_cast<Bits*>(part + (k - k0) / K::pair * width + j);
       for (int64_t i = 0; i < steps; i += K::W) transpose_block(lines + i, 64, dst + i * width, width, steps - i);
     }
 }

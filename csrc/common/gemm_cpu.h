@@ -52,13 +52,6 @@ struct LeftRows {
   }
 };
 
-// The right operand [D, J] in memory: element (d, j) is data[d * line + j], or data[j * line + d] if `by_columns`.
-struct RightMatrix {
-  const void* data;
-  int64_t line;
-  bool by_columns;
-};
-
 template <class K>
 static int64_t group_columns(int64_t steps, int64_t J) {
   const int64_t column = (steps > 0 ? steps : 1) * static_cast<int64_t>(sizeof(typename K::Step));
@@ -71,8 +64,8 @@ template <class K>
 static void pack_group(typename K::Step* group, const RightMatrix& right, int64_t D, int64_t j0, int64_t live, int threads,
                        int id) {
   const auto* data = static_cast<const typename K::Store*>(right.data);
-  const Rows from{data + (right.by_columns ? j0 * right.line : j0), right.line};
-  pack<K>(group, ceil_div(live, K::panel), K::panel, D, live, from, right.by_columns, threads, id);
+  const RightMatrix from{data + (right.by_columns ? j0 * right.ld : j0), right.ld, right.by_columns};
+  pack<K>(group, ceil_div(live, K::panel), K::panel, from, D, live, threads, id);
 }
 
 // sums [rows][panel] += left @ packed panel. After kGemmRuns runs they join `total` [rows][panel], which the end adds back.

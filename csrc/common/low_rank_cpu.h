@@ -66,52 +66,97 @@ struct Split {
   }
 };
 
-// Packs all panels of Q [rows, cols], shared among the threads.
+// A right operand Q [rows, cols] in memory: element (k, j) is data[k * ld + j], or data[j * ld + k] if `by_columns`.
+struct RightMatrix {
+  const void* data;
+  int64_t ld;
+  bool by_columns;
+};
+
+// Rows [k0, k1) of the panel of `width` columns from j0 on.
 template <class K>
-static void pack(typename K::Step* dst, int64_t panels, int64_t width, int64_t rows, int64_t cols, const Rows& src,
-                 bool transposed, int threads, int id) {
-  const auto* data = static_cast<const typename K::Store*>(src.data);
+static void pack_part(typename K::Step* part, int64_t width, int64_t k0, int64_t k1, const RightMatrix& q, int64_t rows,
+                      int64_t j0, int64_t cols) {
+  const auto* data = static_cast<const typename K::Store*>(q.data);
+  if (q.by_columns)
+    pack_columns<K>(part, width, k0, k1, data, q.ld, rows, j0, cols);
+  else
+    pack_rows<K>(part, width, k0, k1, data, q.ld, rows, j0, cols);
+}
+
+// Packs all panels [panels][steps][width] of q [rows, cols], shared among the threads.
+template <class K>
+static void pack(typename K::Step* dst, int64_t panels, int64_t width, const RightMatrix& q, int64_t rows, int64_t cols,
+                 int threads, int id) {
   const int64_t even = round_up(rows, K::pair), runs = ceil_div(even, kPackRun);
   for (int64_t task = id; task < panels * runs; task += threads) {
-    const int64_t panel = task / runs, k0 = task % runs * kPackRun;
-    const int64_t k1 = min64(even, k0 + kPackRun);
-    typename K::Step* into = dst + panel * (even / K::pair) * width;
-    if (transposed)
-      pack_columns<K>(into, width, k0, k1, data, src.row, rows, panel * width, cols);
-    else
-      pack_rows<K>(into, width, k0, k1, data, src.row, rows, panel * width, cols);
+    const int64_t panel = task / runs, k0 = task % runs * kPackRun, k1 = min64(even, k0 + kPackRun);
+    pack_part<K>(dst + (panel * even + k0) / K::pair * width, width, k0, k1, q, rows, panel * width, cols);
   }
 }
+
+// Panels of q [rows, cols]: all packed by the team before they are read; or, for a single block of rows, which reads each once,
+// a part at a time by its reader, whose cache it stays in.
+template <class K>
+struct Panels {
+  using Step = typename K::Step;
+  RightMatrix q;
+  int64_t rows, cols, count, width;
+  bool whole;
+  Step* packed;  // [count][steps][width] if whole
+
+  Panels(Arena& arena, bool whole_, const RightMatrix& q_, int64_t rows_, int64_t cols_, int64_t count_, int64_t width_)
+      : q(q_), rows(rows_), cols(cols_), count(count_), width(width_), whole(whole_),
+        packed(arena.take<Step>(whole ? count * steps() * width : 0)) {}
+
+  int64_t steps() const { return ceil_div(rows, K::pair); }
+  // Of the buffer that `get` needs for up to `most` steps, in steps.
+  int64_t buffer(int64_t most) const { return whole ? 0 : min64(most, steps()) * width; }
+
+  void prepare(int threads, int id) const {
+    if (whole) pack<K>(packed, count, width, q, rows, cols, threads, id);
+  }
+
+  // Steps [first, first + n) of a panel.
+  const Step* get(int64_t panel, int64_t first, int64_t n, Step* buffer) const {
+    if (whole) return packed + (panel * steps() + first) * width;
+    pack_part<K>(buffer, width, first * K::pair, (first + n) * K::pair, q, rows, panel * width, cols);
+    return buffer;
+  }
+};
 
 // sum[m, r] over chunks of columns, with partial sums joined every kLongChain terms.
 template <class K>
 class RankSum {
   using Acc = typename K::Acc;
+  static constexpr int64_t kRun = K::chain / K::pair;
   RankLanes<K> lanes_;
+  const Panels<K>& q_;
   Acc *part_, *total_, *joint_;
+  typename K::Step* packed_;
   int64_t terms_ = 0;
   bool has_total_ = false;
 
  public:
-  RankSum(Arena& arena, int64_t R)
+  RankSum(Arena& arena, int64_t R, const Panels<K>& q)
       : lanes_(R),
+        q_(q),
         part_(arena.take<Acc>(kBlockRows * lanes_.padded)),
         total_(arena.take<Acc>(kBlockRows * lanes_.padded)),
-        joint_(arena.take<Acc>(kBlockRows * lanes_.padded)) {}
+        joint_(arena.take<Acc>(kBlockRows * lanes_.padded)),
+        packed_(arena.take<typename K::Step>(q.buffer(kRun))) {}
 
   void reset() {
     terms_ = 0;
     has_total_ = false;
   }
 
-  // Adds chunk [rows, steps] times rows [step0, step0 + steps) of the packed q [panels][all_steps][width].
-  void add(const typename K::Step* chunk, int64_t rows, int64_t steps, const typename K::Step* q, int64_t step0,
-           int64_t all_steps) {
-    constexpr int64_t run = K::chain / K::pair;
-    for (int64_t k = 0; k < steps; k += run) {
-      const int64_t n = min64(run, steps - k);
+  // Adds chunk [rows, steps] times steps [step0, step0 + steps) of q.
+  void add(const typename K::Step* chunk, int64_t rows, int64_t steps, int64_t step0) {
+    for (int64_t k = 0; k < steps; k += kRun) {
+      const int64_t n = min64(kRun, steps - k);
       for (int64_t p = 0; p < lanes_.panels; ++p)
-        product(rows, n, chunk + k, q + (p * all_steps + step0 + k) * lanes_.width, part_ + p * lanes_.width);
+        product(rows, n, chunk + k, q_.get(p, step0 + k, n, packed_), part_ + p * lanes_.width);
       terms_ += K::chain;
       if (terms_ == kLongChain) join(rows);
     }
@@ -248,22 +293,23 @@ static void expand_panel(const typename K::Step* rows_of, int64_t ld, int64_t ro
                                                        K::panel, sums, K::panel, k == 0);
 }
 
-// Columns `range` of out[rows, J] = factor * drop(block @ q) + bias, q packed [panels][R steps][panel].
+// Columns `range` of out[rows, J] = factor * drop(block @ q) + bias. `packed` is a buffer for a panel of q.
 template <class K>
-static void expand(const RankBlock<K>& block, int64_t rows, const typename K::Step* q, int64_t J, Range range, double factor,
+static void expand(const RankBlock<K>& block, int64_t rows, const Panels<K>& q, Range range, double factor,
                    const typename K::Acc* bias, const uint8_t* mask, int64_t mask_ld, typename K::Store* out,
-                   typename K::Acc* scratch) {
+                   typename K::Acc* scratch, typename K::Step* packed) {
   constexpr int64_t width = K::panel, height = 6;
   const int64_t steps = block.row_steps(), group = steps <= K::chain ? height : rows;
   const auto scale = static_cast<typename K::Acc>(factor);
   for (int64_t j0 = range.begin; j0 < range.end; j0 += width) {
     const int64_t live = min64(width, range.end - j0);
+    const typename K::Step* panel = q.get(j0 / width, 0, steps, packed);
     for (int64_t m = 0; m < rows; m += group) {
       const int64_t n = min64(group, rows - m);
-      expand_panel<K>(block.by_row + m * block.ld, block.ld, n, steps, q + j0 * steps, scratch);
+      expand_panel<K>(block.by_row + m * block.ld, block.ld, n, steps, panel, scratch);
       for (int64_t i = 0; i < n; ++i) {
         typename K::Acc* row = scratch + i * width;
-        typename K::Store* to = out + (m + i) * J + j0;
+        typename K::Store* to = out + (m + i) * q.cols + j0;
         if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
         finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, live);
       }
@@ -271,12 +317,26 @@ static void expand(const RankBlock<K>& block, int64_t rows, const typename K::St
   }
 }
 
+// The chunk as the wide operand of an adapter gradient: rows interleaved where a step holds a pair of them, and their distance.
+template <class K>
+constexpr int64_t across_rows_ld = K::pair == 2 ? K::pairs_ld : K::chunk_ld;
+template <class K>
+static const typename K::Step* across_rows(const typename K::Step* chunk, typename K::Step* pairs, int64_t rows, int64_t cols) {
+  if constexpr (K::pair == 2) {
+    interleave_rows(pairs, K::pairs_ld, reinterpret_cast<const uint16_t*>(chunk), K::chunk_ld * 2, rows,
+                    round_up(cols, K::panel));
+    return pairs;
+  }
+  return chunk;
+}
+
 // An adapter gradient [panels][height][panel], summed over blocks of rows by one thread for columns `cols`. With a single
-// block of rows it is final after each chunk: then it holds one chunk, and whoever adds a chunk reads it at once.
+// block of rows a panel is final at once, and only one is held.
 template <class K>
 class OuterSum {
   using Acc = typename K::Acc;
   int64_t height_, first_, last_, blocks_ = 0;
+  bool single_;
   Acc *part_, *total_;
   bool fresh_ = true, has_total_ = false;
 
@@ -285,18 +345,22 @@ class OuterSum {
       : height_(height),
         first_(cols.begin / K::panel * height * K::panel),
         last_(ceil_div(cols.end, K::panel) * height * K::panel),
-        part_(arena.take<Acc>(round_up(rows <= kBlockRows ? min64(columns, K::chunk_cols) : columns, K::panel) * height)),
+        single_(rows <= kBlockRows),
+        part_(arena.take<Acc>((single_ ? K::panel : round_up(columns, K::panel)) * height)),
         total_(ceil_div(rows, kBlockRows) > kLongBlocks ? arena.take<Acc>(round_up(columns, K::panel) * height) : nullptr) {}
 
-  // Adds block[:, :height].T @ chunk [rows, cols] at column `col`.
-  void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t chunk_ld,
-           int64_t col, int64_t cols) {
-    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows;
-    for (int64_t j = 0; j < cols; j += K::panel)
+  // Adds block[:, :height].T @ chunk [rows, cols] at column `col`. What is final, write(column, count, sums) is given.
+  template <class Write>
+  void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t col,
+           int64_t cols, Write write) {
+    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows, chunk_ld = across_rows_ld<K>;
+    for (int64_t j = 0; j < cols; j += K::panel) {
+      Acc* sums = part_ + (single_ ? 0 : (col + j) / K::panel * height_ * K::panel);
       for (int64_t k = 0; k < steps; k += run)
-        tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(
-            height_, min64(run, steps - k), block + k * block_ld, 1, block_ld, chunk + k * chunk_ld + j, chunk_ld,
-            part_ + (col + j) / K::panel * height_ * K::panel, K::panel, fresh_ && k == 0);
+        tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(height_, min64(run, steps - k), block + k * block_ld, 1, block_ld,
+                                                           chunk + k * chunk_ld + j, chunk_ld, sums, K::panel, fresh_ && k == 0);
+      if (single_) write(col + j, min64(K::panel, cols - j), sums);
+    }
   }
 
   void end_block() {
@@ -370,17 +434,6 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 };
-
-// The chunk as the wide operand of an adapter gradient: rows interleaved where a step holds a pair of them.
-template <class K>
-static const typename K::Step* across_rows(const typename K::Step* chunk, typename K::Step* pairs, int64_t rows, int64_t cols) {
-  if constexpr (K::pair == 2) {
-    interleave_rows(pairs, K::pairs_ld, reinterpret_cast<const uint16_t*>(chunk), K::chunk_ld * 2, rows,
-                    round_up(cols, K::panel));
-    return pairs;
-  }
-  return chunk;
-}
 
 template <class Acc>
 static void write_as(Dtype dtype, void* out, int64_t at, const Acc* row, int64_t n) {

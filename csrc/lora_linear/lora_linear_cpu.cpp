@@ -20,38 +20,38 @@ static void forward(const LoraForward& f) {
   using Step = typename K::Step;
   using Store = typename K::Store;
   const RankLanes<K> lanes(f.R);
-  const int64_t k_steps = ceil_div(f.K, K::pair), r_steps = ceil_div(f.R, K::pair), wide = ceil_div(f.N, K::panel);
   const int64_t mask_ld = ceil_div(f.K, 8);
-  const bool whole = f.weight.data;
+  const bool whole = f.weight.data, blocks = f.M > kBlockRows;
   LoraBase<K> base(f.x, f.K, f.s, f.R, {f.weight.data, f.weight.line, !f.weight.transposed}, f.M, f.N, f.scaling);
   base.bias = static_cast<const typename K::Acc*>(f.bias);
   base.out = static_cast<Store*>(f.y);
   struct Shared {
-    Step *at, *bt;
+    Panels<K> at, bt;
     const void** parts;
     GemmShared<K> gemm;
-    Shared(Arena& a, int64_t n_at, int64_t n_bt, int threads, int64_t steps, int64_t N)
-        : at(a.take<Step>(n_at)), bt(a.take<Step>(n_bt)), parts(a.take<const void*>(threads)), gemm(a, steps, N) {}
   };
   struct Own {
-    Step* chunk;
+    Step *chunk, *packed;
     typename K::Acc* scratch;
     RankSum<K> sum;
     RankBlock<K> block;
     typename LoraBase<K>::Own base;
-    Own(Arena& a, int64_t R, const LoraBase<K>& base_)
+    Own(Arena& a, const Shared& shared, int64_t R, const LoraBase<K>& base_)
         : chunk(a.take<Step>(kBlockRows * K::chunk_ld)),
+          packed(a.take<Step>(shared.bt.buffer(shared.bt.steps()))),
           scratch(a.take<typename K::Acc>(kBlockRows * K::panel)),
-          sum(a, R),
+          sum(a, R, shared.at),
           block(a, R),
           base(a, base_) {}
   };
   const auto lay_out = [&](Arena& arena) {
-    return Shared(arena, lanes.padded * k_steps, wide * r_steps * K::panel, f.threads, whole ? k_steps : 0, whole ? f.N : 0);
+    return Shared{
+        Panels<K>(arena, blocks, {f.a.data, f.a.row, true}, f.K, f.R, lanes.panels, lanes.width),
+        Panels<K>(arena, blocks || whole, {f.b.data, f.b.row, true}, f.R, f.N, ceil_div(f.N, K::panel), K::panel),
+        arena.take<const void*>(f.threads), GemmShared<K>(arena, whole ? ceil_div(f.K, K::pair) : 0, whole ? f.N : 0)};
   };
   Arena shared_size{nullptr}, own_size{nullptr};
-  lay_out(shared_size);
-  Own(own_size, f.R, base);
+  Own(own_size, lay_out(shared_size), f.R, base);
   Workspace space(shared_size.used + f.threads * own_size.used);
   Arena shared_arena{static_cast<char*>(space.memory)};
   const Shared shared = lay_out(shared_arena);
@@ -59,10 +59,10 @@ static void forward(const LoraForward& f) {
 #pragma omp parallel num_threads(f.threads)
   {
     const Split split(f.M, team_size(), thread_id());
-    pack<K>(shared.at, lanes.panels, lanes.width, f.K, f.R, f.a, true, split.threads, split.id);
-    pack<K>(shared.bt, wide, K::panel, f.R, f.N, f.b, true, split.threads, split.id);
+    shared.at.prepare(split.threads, split.id);
+    shared.bt.prepare(split.threads, split.id);
     Arena arena{static_cast<char*>(space.memory) + shared_size.used + split.id * own_size.used};
-    Own own(arena, f.R, base);
+    Own own(arena, shared, f.R, base);
     const Range range = split.rows(), ks = split.cols(f.K), ns = split.cols(f.N);
 #pragma omp barrier
     for (int64_t m = range.begin; m < range.end; m += kBlockRows) {
@@ -78,16 +78,16 @@ static void forward(const LoraForward& f) {
       for (int64_t k = ks.begin; k < ks.end; k += K::chunk_cols) {
         const int64_t cols = min64(K::chunk_cols, ks.end - k);
         load_chunk<K>(own.chunk, static_cast<const Store*>(f.x.data) + m * f.x.row + k, f.x.row, rows, cols, mask, mask_ld, k);
-        own.sum.add(own.chunk, rows, ceil_div(cols, K::pair), shared.at, k / K::pair, k_steps);
+        own.sum.add(own.chunk, rows, ceil_div(cols, K::pair), k / K::pair);
       }
       const bool writes_s = !split.columns || split.id == 0;
       own.block.round_from(own.sum.finish(rows, split, shared.parts), own.sum.ld(), rows,
                            writes_s ? static_cast<Store*>(f.s) + m * f.R : nullptr);
       if (!whole)
-        expand<K>(own.block, rows, shared.bt, f.N, ns, f.scaling, base.bias, nullptr, 0, base.out + m * f.N, own.scratch);
+        expand<K>(own.block, rows, shared.bt, ns, f.scaling, base.bias, nullptr, 0, base.out + m * f.N, own.scratch, own.packed);
     }
 #pragma omp barrier
-    if (whole) base.run(shared.gemm, own.base, shared.bt);
+    if (whole) base.run(shared.gemm, own.base, shared.bt.packed);
   }
 }
 
@@ -108,21 +108,41 @@ static void sum_threads(const void* const* parts, int owners, int64_t at, int64_
 }
 
 template <class K>
+struct BackwardShared {
+  Panels<K> b, a;                                 // lora_b and lora_a
+  const void **g_parts, **dbt_parts, **da_parts;  // one pointer per thread
+  typename K::Store* g;                           // dy @ lora_b [M, R], where dx is made by a whole GEMM, else null
+  GemmShared<K> gemm;
+
+  static bool whole(const LoraBackward& f) { return f.dx && f.weight.data; }
+  static bool blocks(const LoraBackward& f) { return f.M > kBlockRows; }
+  BackwardShared(Arena& arena, const LoraBackward& f, const RankLanes<K>& lanes)
+      : b(arena, blocks(f) && (f.dx || f.da), {f.b.data, f.b.row, false}, f.N, f.R, lanes.panels, lanes.width),
+        a(arena, f.dx && (blocks(f) || whole(f)), {f.a.data, f.a.row, false}, f.R, f.K, ceil_div(f.K, K::panel), K::panel),
+        g_parts(arena.take<const void*>(f.threads)),
+        dbt_parts(arena.take<const void*>(f.threads)),
+        da_parts(arena.take<const void*>(f.threads)),
+        g(whole(f) ? arena.take<typename K::Store>(f.M * f.R) : nullptr),
+        gemm(arena, whole(f) ? ceil_div(f.N, K::pair) : 0, whole(f) ? f.K : 0) {}
+};
+
+template <class K>
 struct BackwardOwn {
   using Step = typename K::Step;
   using Acc = typename K::Acc;
-  Step *chunk, *pairs;
+  Step *chunk, *pairs, *packed;
   Acc *scratch, *lines;
   RankSum<K> g_sum;
   RankBlock<K> g, s;
   OuterSum<K> dbt, da;
   typename LoraBase<K>::Own base;
-  BackwardOwn(Arena& a, const LoraBackward& f, const Split& split, const LoraBase<K>& base_)
+  BackwardOwn(Arena& a, const BackwardShared<K>& shared, const LoraBackward& f, const Split& split, const LoraBase<K>& base_)
       : chunk(a.take<Step>(kBlockRows * K::chunk_ld)),
         pairs(a.take<Step>(K::pair == 2 ? kBlockRows / 2 * K::pairs_ld : 0)),
+        packed(a.take<Step>(shared.a.buffer(shared.a.steps()))),
         scratch(a.take<Acc>(round_up(f.R > kBlockRows ? f.R : kBlockRows, K::W) * K::panel)),
         lines(a.take<Acc>(round_up(f.R, K::W) * K::W)),
-        g_sum(a, f.R),
+        g_sum(a, f.R, shared.b),
         g(a, f.R),
         s(a, f.R),
         dbt(a, s_height(f), f.N, split.cols(f.N), f.M),
@@ -132,24 +152,6 @@ struct BackwardOwn {
   // Rows of [s | 1] that dy is multiplied with, and the first of them.
   static int64_t s_height(const LoraBackward& f) { return (f.db ? f.R : 0) + (f.dbias ? 1 : 0); }
   static int64_t s_first(const LoraBackward& f) { return f.db ? 0 : f.R; }
-};
-
-template <class K>
-struct BackwardShared {
-  typename K::Step *b, *a;                        // packed lora_b and lora_a
-  const void **g_parts, **dbt_parts, **da_parts;  // one pointer per thread
-  typename K::Store* g;                           // dy @ lora_b [M, R], where dx is made by a whole GEMM, else null
-  GemmShared<K> gemm;
-
-  static bool whole(const LoraBackward& f) { return f.dx && f.weight.data; }
-  BackwardShared(Arena& arena, const LoraBackward& f)
-      : b(arena.take<typename K::Step>(f.dx || f.da ? RankLanes<K>(f.R).padded * ceil_div(f.N, K::pair) : 0)),
-        a(arena.take<typename K::Step>(f.dx ? round_up(f.K, K::panel) * ceil_div(f.R, K::pair) : 0)),
-        g_parts(arena.take<const void*>(f.threads)),
-        dbt_parts(arena.take<const void*>(f.threads)),
-        da_parts(arena.take<const void*>(f.threads)),
-        g(whole(f) ? arena.take<typename K::Store>(f.M * f.R) : nullptr),
-        gemm(arena, whole(f) ? ceil_div(f.N, K::pair) : 0, whole(f) ? f.K : 0) {}
 };
 
 // dlora_b [N, R] rows n0 .. n0 + live from a panel [R][panel] of its transpose.
@@ -205,8 +207,8 @@ static void write_over_k(const LoraBackward& f, const Parts& parts, Range range,
 template <class K>
 static void backward_rows(const LoraBackward& f, const Split& split, const BackwardShared<K>& shared, BackwardOwn<K>& own) {
   using Store = typename K::Store;
-  const bool need_g = f.dx || f.da, single = f.M <= kBlockRows;
-  const int64_t height = own.s_height(f), n_steps = ceil_div(f.N, K::pair), mask_ld = ceil_div(f.K, 8);
+  const bool need_g = f.dx || f.da;
+  const int64_t height = own.s_height(f), mask_ld = ceil_div(f.K, 8);
   const Range range = split.rows(), ns = split.cols(f.N), ks = split.cols(f.K);
   for (int64_t m = range.begin; m < range.end; m += kBlockRows) {
     const int64_t rows = min64(kBlockRows, range.end - m);
@@ -219,15 +221,12 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
     for (int64_t n = ns.begin; n < ns.end && (need_g || height); n += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, ns.end - n);
       load_chunk<K>(own.chunk, static_cast<const Store*>(f.dy.data) + m * f.dy.row + n, f.dy.row, rows, cols, nullptr, 0, 0);
-      if (need_g) own.g_sum.add(own.chunk, rows, ceil_div(cols, K::pair), shared.b, n / K::pair, n_steps);
-      if (height)
-        own.dbt.add(own.s.by_column + own.s_first(f), own.s.columns_ld, rows,
-                    across_rows<K>(own.chunk, own.pairs, rows, cols), K::pair == 2 ? K::pairs_ld : K::chunk_ld,
-                    single ? 0 : n, cols);
-      if (height && single) {
-        const void* part = own.dbt.finish();
-        write_over_n<K>(f, {&part, 1, n}, {n, n + cols}, 1, own);
-      }
+      if (need_g) own.g_sum.add(own.chunk, rows, ceil_div(cols, K::pair), n / K::pair);
+      if (!height) continue;
+      own.dbt.add(own.s.by_column + own.s_first(f), own.s.columns_ld, rows, across_rows<K>(own.chunk, own.pairs, rows, cols), n,
+                  cols, [&](int64_t at, int64_t live, const void* sums) {
+                    write_over_n<K>(f, {&sums, 1, at}, {at, at + live}, 1, own);
+                  });
     }
     if (height) own.dbt.end_block();
     if (!need_g) continue;
@@ -235,17 +234,15 @@ static void backward_rows(const LoraBackward& f, const Split& split, const Backw
     own.g.round_from(own.g_sum.finish(rows, split, shared.g_parts), own.g_sum.ld(), rows,
                      writes_g ? shared.g + m * f.R : nullptr);
     if (f.dx && !shared.g)
-      expand<K>(own.g, rows, shared.a, f.K, ks, f.scaling, nullptr, mask, mask_ld,
-                static_cast<Store*>(f.dx) + m * f.K, own.scratch);
+      expand<K>(own.g, rows, shared.a, ks, f.scaling, nullptr, mask, mask_ld, static_cast<Store*>(f.dx) + m * f.K, own.scratch,
+                own.packed);
     for (int64_t k = ks.begin; k < ks.end && f.da; k += K::chunk_cols) {
       const int64_t cols = min64(K::chunk_cols, ks.end - k);
       load_chunk<K>(own.chunk, static_cast<const Store*>(f.x.data) + m * f.x.row + k, f.x.row, rows, cols, mask, mask_ld, k);
-      own.da.add(own.g.by_column, own.g.columns_ld, rows, across_rows<K>(own.chunk, own.pairs, rows, cols),
-                 K::pair == 2 ? K::pairs_ld : K::chunk_ld, single ? 0 : k, cols);
-      if (single) {
-        const void* part = own.da.finish();
-        write_over_k<K>(f, {&part, 1, k}, {k, k + cols}, 1, own);
-      }
+      own.da.add(own.g.by_column, own.g.columns_ld, rows, across_rows<K>(own.chunk, own.pairs, rows, cols), k, cols,
+                 [&](int64_t at, int64_t live, const void* sums) {
+                   write_over_k<K>(f, {&sums, 1, at}, {at, at + live}, 1, own);
+                 });
     }
     if (f.da) own.da.end_block();
   }
@@ -255,15 +252,13 @@ template <class K>
 static void backward(const LoraBackward& f) {
   if (few_rows(f.M, f.mask)) return few_backward<K>(f);
   const RankLanes<K> lanes(f.R);
-  const bool need_g = f.dx || f.da;
-  const int64_t wide = ceil_div(f.K, K::panel);
   Arena shared_size{nullptr}, own_size{nullptr};
-  BackwardShared<K> measured(shared_size, f);
+  const BackwardShared<K> measured(shared_size, f, lanes);
   LoraBase<K> base(f.dy, f.N, nullptr, f.R, {f.weight.data, f.weight.line, f.weight.transposed}, f.M, f.K, f.scaling);
-  BackwardOwn<K>(own_size, f, Split(f.M, 1, 0), base);
+  BackwardOwn<K>(own_size, measured, f, Split(f.M, 1, 0), base);
   Workspace space(shared_size.used + f.threads * own_size.used);
   Arena arena{static_cast<char*>(space.memory)};
-  const BackwardShared<K> shared(arena, f);
+  const BackwardShared<K> shared(arena, f, lanes);
   base.rank.data = shared.g;
   base.mask = f.mask, base.mask_ld = ceil_div(f.K, 8);
   base.out = static_cast<typename K::Store*>(f.dx);
@@ -271,10 +266,10 @@ static void backward(const LoraBackward& f) {
 #pragma omp parallel num_threads(f.threads)
   {
     const Split split(f.M, team_size(), thread_id());
-    if (need_g) pack<K>(shared.b, lanes.panels, lanes.width, f.N, f.R, f.b, false, split.threads, split.id);
-    if (f.dx) pack<K>(shared.a, wide, K::panel, f.R, f.K, f.a, false, split.threads, split.id);
+    shared.b.prepare(split.threads, split.id);
+    shared.a.prepare(split.threads, split.id);
     Arena own_arena{static_cast<char*>(space.memory) + shared_size.used + split.id * own_size.used};
-    BackwardOwn<K> own(own_arena, f, split, base);
+    BackwardOwn<K> own(own_arena, shared, f, split, base);
 #pragma omp barrier
     backward_rows<K>(f, split, shared, own);
     if (f.M == 0 || f.M > kBlockRows) {
@@ -286,7 +281,7 @@ static void backward(const LoraBackward& f) {
       write_over_k<K>(f, {shared.da_parts, split.owners(), 0}, {first, f.K}, split.threads, own);
     }
 #pragma omp barrier
-    if (shared.g) base.run(shared.gemm, own.base, shared.a);
+    if (shared.g) base.run(shared.gemm, own.base, shared.a.packed);
   }
 }
 
