@@ -37,9 +37,12 @@ def gemm_rank_block(R: int, itemsize: int) -> int:
     return min(64 if itemsize == 2 else 32, pass_rank_block(R))
 
 
-def delta_tile(itemsize: int) -> Tile:
-    """The GEMM without a base product only writes: small tiles, several blocks per SM, no pipeline."""
-    return Tile(64, 128, 32, 4, 1) if itemsize == 2 else Tile(64, 64, 16, 4, 1)
+def delta_tile(itemsize: int, descriptors: bool) -> Tile:
+    """The GEMM without a base product only writes: small tiles, several blocks per SM, no pipeline.
+
+    Four warps spill on parts without TMA under Triton 3.7, eight on Blackwell's under 3.6.
+    """
+    return Tile(64, 128, 32, 4 if descriptors else 8, 1) if itemsize == 2 else Tile(64, 64, 16, 4, 1)
 
 
 def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> int:
@@ -68,7 +71,8 @@ def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> 
     if isinstance(part.arch, str):  # AMD's stores leave in the layout of the matrix unit
         store = 0
     if kernel == "bwd_da":
-        return max(pipeline, store) + barriers
+        mask = tile.block_m * tile.block_n  # its bytes change their layout in shared memory (Triton 3.8)
+        return max(pipeline, store) + mask + barriers
     resident = tile.block_n * rank * itemsize + tile.block_m * rank * 4  # lora_b, and g's change of layout
     return max(pipeline + resident, store) + barriers
 
@@ -99,10 +103,10 @@ def problem(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> str |
 
 
 def family(part: Part, itemsize: int) -> str:
-    """Parts whose matrix units want the same tiles: wgmma and tcgen05, mma.sync, MFMA, or none (fp32)."""
+    """Parts whose matrix units want the same tiles: wgmma, tcgen05, mma.sync, MFMA, or none (fp32)."""
     if itemsize == 4:
         return "mfma fp32" if part.arch == "gfx942" else "fp32"
-    return {90: "wide", 100: "wide", "gfx942": "mfma"}.get(part.arch, "mma")
+    return {90: "wide", 100: "tcgen05", "gfx942": "mfma"}.get(part.arch, "mma")
 
 
 GEMM_TILES = {
@@ -118,6 +122,8 @@ GEMM_TILES = {
     "fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
     "mfma fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
+# Triton 3.7 spills at three stages of the smallest.
+GEMM_TILES["tcgen05"] = (*GEMM_TILES["wide"][:-1], Tile(16, 64, 64, 4, 4))
 
 # Tiles of the skinny passes, best first: (largest padded rank, tile). The widest that test_aot.py compiles to no spills
 # at that rank with and without dropout; the span is set per shape.
@@ -151,6 +157,10 @@ _PASS_TILES = {
         "bwd_da": ((128, Tile(32, 64, 0, 4, 2)),),
     },
 }  # fmt: skip
+# And here at three stages of the widest.
+_PASS_TILES["tcgen05"] = _PASS_TILES["wide"] | {
+    "down, dropout": ((16, Tile(16, 256, 0, 4, 4)), (64, Tile(32, 128, 0, 4, 4)), (128, Tile(64, 128, 0, 8, 2))),
+}
 
 
 def candidates(kernel: str, R: int, itemsize: int, part: Part, dropout: bool = False) -> tuple[Tile, ...]:

@@ -107,7 +107,7 @@ def gemm(
     N = t.shape[1]
     c = low.new_empty(M, N)
     has_base = p is not None
-    tile = config.gemm if has_base else delta_tile(low.element_size())
+    tile = config.gemm if has_base else delta_tile(low.element_size(), config.descriptors)
     if not has_base:
         p, q = low, t
     q_transposed = q.stride(0) == 1 and q.stride(1) != 1
