@@ -43,6 +43,12 @@ def test_base_bias_trains_when_it_requires_grad():
     check_within({"dbias": layer.bias.grad}, truth)
 
 
+def test_the_input_may_be_named_as_nn_linear_names_it():
+    layer = make()
+    x = torch.randn(6, K, dtype=torch.float64)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 def peft_twin(linear: nn.Module, adapters: dict[str, dict], active: list[str]) -> nn.Module:
     """HF PEFT's own layer around a copy of `linear`, built as its model class does."""
     peft = pytest.importorskip("peft")

@@ -54,6 +54,7 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         """Move the hooks of the layer that `wrap` was given here: Torch's, and HF accelerate's (device_map).
 
         The handles that `register_forward_hook` and its like returned go on removing them. `linear` is left without.
+        A hook is given the new layer; one that holds `linear` besides, in a closure, goes on seeing that.
         """
         hook = take_dispatch(linear)
         move_hooks(linear, self)
@@ -193,11 +194,14 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
             for name in self._active
         ]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] in weight's dtype (under autocast any floating dtype) -> [..., N]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] in weight's dtype (under autocast any floating dtype) -> [..., N].
+
+        Named as nn.Linear's, for callers that pass it by name.
+        """
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         branches = self.branches()
-        return adapted_linear(x, weight, self.bias, branches) if branches else F.linear(x, weight, self.bias)
+        return adapted_linear(input, weight, self.bias, branches) if branches else F.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
