@@ -107,6 +107,15 @@ def test_modules_to_save_of_a_dispatched_model_train(device):
     assert model.lm_head.original.weight.grad is None
 
 
+def test_a_weight_that_is_nowhere_is_refused(device):
+    linear = nn.Linear(K, N)
+    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook(device))
+    linear.to("meta")
+    with pytest.raises(ValueError, match="accelerate offloads its weights, which are on no device"):
+        pk.FusedLoRALinear.from_linear(linear, r=2)
+    assert linear._hf_hook is not None
+
+
 def half_offloaded(device: str, **settings) -> nn.Module:
     """gpt2 with its second block in host memory, brought to the device at each call."""
     model = fresh(gpt2, device)

@@ -26,9 +26,10 @@ EDGES = [
         (191, 255, 1027, 257, 0.0),
         (7, 1, 33, 130, 0.5),
         (577, 33, 1, 48, 0.0),
+        (288, 70, 520, 65, 0.1),
         (50, 1100, 2100, 16, 0.0),  # of the weight: more than one group of packed columns in fp32, more than one chain
     )
-]
+] + [Case(M, 40, 50, 8, torch.float32, adapters=torch.float64) for M in (3, 9)]  # narrowed, by a kernel or before
 
 
 @pytest.fixture(params=[f"{isa}-{base}" for isa in ISAS for base in ("fused", "blas")])
@@ -168,8 +169,8 @@ def test_same_bits_every_run(isa, dtype):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_any_number_of_threads(isa, threads, count, dtype):
     threads(count)
-    for M in (0, 1, 23, 300):
-        case = Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0)
+    cases = [Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0) for M in (0, 1, 23, 300)]
+    for case in (*cases, Case(3, 1300, 1320, 160, dtype)):  # the last is worth three threads without packing
         for check in checks.CHECKS:
             check(IMPL, case)
 

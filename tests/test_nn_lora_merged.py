@@ -58,6 +58,16 @@ def test_holds_the_base_weight_beside_the_adapters(base, dtype):
     assert_same(unmerged.state_dict(), before)
 
 
+def test_an_adapter_that_is_not_merged_has_no_say():
+    layer = several()
+    before = snapshot(layer)
+    layer.merge("second")  # default's lora_bias leaves the base bias as it is
+    assert_same(layer.state_dict(), before)
+    layer.forget_base()
+    layer.load_state_dict({"weight": before["weight"]}, strict=False)
+    assert_same(layer.state_dict(), before)
+
+
 def test_costs_no_memory_and_follows_another_dtype():
     layer = several()
     layer.merge()
