@@ -96,7 +96,7 @@ static void pack(typename K::Step* dst, int64_t panels, int64_t width, const Rig
 }
 
 // Panels of q [rows, cols]: all packed by the team before they are read; or, for a single block of rows, which reads each once,
-// a part at a time by its reader, whose cache it stays in.
+// a part at a time by its reader, whose cache it stays in. Not to be asked for what is not needed: nothing is there then.
 template <class K>
 struct Panels {
   using Step = typename K::Step;
@@ -118,10 +118,10 @@ struct Panels {
   }
 
   // Steps [first, first + n) of a panel.
-  const Step* get(int64_t panel, int64_t first, int64_t n, Step* buffer) const {
+  const Step* get(int64_t panel, int64_t first, int64_t n, Step* into) const {
     if (whole) return packed + (panel * steps() + first) * width;
-    pack_part<K>(buffer, width, first * K::pair, (first + n) * K::pair, q, rows, panel * width, cols);
-    return buffer;
+    pack_part<K>(into, width, first * K::pair, (first + n) * K::pair, q, rows, panel * width, cols);
+    return into;
   }
 };
 

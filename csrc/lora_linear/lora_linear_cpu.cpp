@@ -69,7 +69,7 @@ static void forward(const LoraForward& f) {
       const int64_t rows = min64(kBlockRows, range.end - m);
       uint8_t* mask = f.mask ? f.mask + m * mask_ld : nullptr;
       if (mask) {
-        const int64_t first = ks.begin / 8, bytes = ceil_div(ks.end, 8) - first;
+        const int64_t first = ks.begin / 8, bytes = ks.begin < ks.end ? ceil_div(ks.end, 8) - first : 0;
         for (int64_t i = 0; i < rows; ++i)
           fill_mask(mask + i * mask_ld + first, bytes, f.seed, static_cast<uint64_t>((m + i) * mask_ld + first),
                     static_cast<uint32_t>(f.threshold));
