@@ -15,7 +15,7 @@ from math import ceil, log
 import torch
 
 from .parts import PARTS, Part, floors, nearest_part
-from .tiles import GEMM_TILES, KERNELS, MAX_PASS_RANK, Tile, candidates, family, pass_rank_block, problem
+from .tiles import GEMM_TILES, KERNELS, MAX_PASS_RANK, Tile, candidates, delta_tile, family, pass_rank_block, problem
 
 PATHS = ("k_extension", "beta_one")
 _LAUNCH_SECONDS = 3e-6  # assumed, one more kernel in a stream
@@ -32,6 +32,7 @@ class Config:
     down: Tile
     bwd_dy: Tile
     bwd_da: Tile
+    delta: Tile  # the GEMM without a base product
     dy_passes: int  # 1: dlora_b, g and dbias from one read of dy; 2: ranks that do not fit in registers
     descriptors: bool  # tensor descriptors (TMA) in the GEMM where alignment allows
     measured: str | None = None  # the GPU and date of the measurement, None: chosen by the model
@@ -108,6 +109,7 @@ def _model_config(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int 
         down=_pick_pass("down", M, K, R, b, part, dropout),
         bwd_dy=bwd_dy,
         bwd_da=_pick_pass("bwd_da", M, K, R, b, part, dropout),
+        delta=delta_tile(b, part),
         dy_passes=_dy_passes(bwd_dy, R, b),
         descriptors=part.descriptors,
     )
@@ -172,15 +174,16 @@ def _tuned_row(row: dict, where: str) -> tuple[tuple, tuple[int, Config]]:
         raise ValueError(f"{where}: measured is {row['measured']!r}; expected the GPU and the date")
     itemsize = getattr(torch, row["dtype"]).itemsize
     values = {key: row[key] for key in config_keys}
-    for kernel in KERNELS:
+    for name in (*KERNELS, "delta"):
+        kernel = "gemm" if name == "delta" else name
         try:
-            values[kernel] = Tile(**row[kernel])
+            values[name] = Tile(**row[name])
         except TypeError as error:
-            raise ValueError(f"{where}: {kernel}: {error}") from None
-        if not (kernel == "bwd_dy" and row["dy_passes"] == 2):
-            reason = problem(kernel, values[kernel], row["R"], itemsize, PARTS[row["arch"]])
+            raise ValueError(f"{where}: {name}: {error}") from None
+        if not (name == "bwd_dy" and row["dy_passes"] == 2):
+            reason = problem(kernel, values[name], row["R"], itemsize, PARTS[row["arch"]])
             if reason:
-                raise ValueError(f"{where}: {kernel}: {reason}")
+                raise ValueError(f"{where}: {name}: {reason}")
     key = (row["arch"], row["dtype"], row["N"], row["K"], row["R"], bool(row["dropout"]))
     return key, (row["M"], Config(**values))
 

@@ -37,12 +37,14 @@ def gemm_rank_block(R: int, itemsize: int) -> int:
     return min(64 if itemsize == 2 else 32, pass_rank_block(R))
 
 
-def delta_tile(itemsize: int, descriptors: bool) -> Tile:
+def delta_tile(itemsize: int, part: Part) -> Tile:
     """The GEMM without a base product only writes: small tiles, several blocks per SM, no pipeline.
 
-    Four warps spill on parts without TMA under Triton 3.7, eight on Blackwell's under 3.6.
+    With four warps Triton 3.7 spills where the unit is mma.sync, with eight Triton 3.6 does on Blackwell.
     """
-    return Tile(64, 128, 32, 4 if descriptors else 8, 1) if itemsize == 2 else Tile(64, 64, 16, 4, 1)
+    if itemsize == 4:
+        return Tile(64, 64, 16, 4, 1)
+    return Tile(64, 128, 32, 8 if family(part, itemsize) == "mma" else 4, 1)
 
 
 def shared_bytes(kernel: str, tile: Tile, R: int, itemsize: int, part: Part) -> int:
@@ -122,7 +124,7 @@ GEMM_TILES = {
     "fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
     "mfma fp32": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
 }
-# Triton 3.7 spills at three stages of the smallest.
+# Triton 3.7 spills at three stages of the smallest, which comes last.
 GEMM_TILES["tcgen05"] = (*GEMM_TILES["wide"][:-1], Tile(16, 64, 64, 4, 4))
 
 # Tiles of the skinny passes, best first: (largest padded rank, tile). The widest that test_aot.py compiles to no spills

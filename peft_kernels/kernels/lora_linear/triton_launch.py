@@ -11,7 +11,7 @@ from .._shared.launch import Plan, cdiv, launch
 from .._shared.sums import sum_parts
 from .configs import Config
 from .reference import PHILOX_ROUNDS
-from .tiles import Tile, delta_tile, gemm_rank_block, pass_rank_block
+from .tiles import Tile, gemm_rank_block, pass_rank_block
 from .triton_gemm import _lora_gemm_kernel
 from .triton_passes import _lora_bwd_da_kernel, _lora_bwd_dy_kernel, _lora_down_kernel
 
@@ -107,7 +107,7 @@ def gemm(
     N = t.shape[1]
     c = low.new_empty(M, N)
     has_base = p is not None
-    tile = config.gemm if has_base else delta_tile(low.element_size(), config.descriptors)
+    tile = config.gemm if has_base else config.delta
     if not has_base:
         p, q = low, t
     q_transposed = q.stride(0) == 1 and q.stride(1) != 1
