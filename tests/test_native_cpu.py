@@ -169,8 +169,17 @@ def test_same_bits_every_run(isa, dtype):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_any_number_of_threads(isa, threads, count, dtype):
     threads(count)
-    cases = [Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0) for M in (0, 1, 23, 300)]
-    for case in (*cases, Case(3, 1300, 1320, 160, dtype)):  # the last is worth three threads without packing
+    for M in (0, 1, 23, 300):
+        case = Case(M, 65, 33, 16, dtype, dropout=0.1 if M else 0.0)
+        for check in checks.CHECKS:
+            check(IMPL, case)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_with_several_panels_or_none(threads, count, dtype):
+    threads(count)
+    for case in (Case(23, 700, 1100, 130, dtype, dropout=0.1), Case(3, 1300, 1320, 160, dtype)):  # packed, and not
         for check in checks.CHECKS:
             check(IMPL, case)
 
