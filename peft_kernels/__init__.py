@@ -3,6 +3,7 @@
 import importlib
 
 from .kernels.lora_linear.autograd import lora_linear
+from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapter, trainable_parameters, unmerge
 from .methods.coverage import coverage
 from .methods.lora import inject
@@ -20,6 +21,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "predict_memory",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",

@@ -1,6 +1,7 @@
 """define_op: a schema, its reference, its fake, its Triton kernel and its declared temporaries, in one call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,8 +16,25 @@ OWNERS: dict[tuple[str, str], str] = {}
 WORKSPACE: dict[str, Callable[..., int]] = {}
 """op -> function of the op's arguments giving the bytes of temporaries that it allocates inside.
 
-A fake kernel shows a memory predictor only the outputs; this table shows it the rest.
+A fake kernel shows a memory predictor only the outputs; this table shows it the rest. For tensors that are on no GPU it
+answers for the one that `planned_for` names.
 """
+
+_planned = [90]
+
+
+@contextmanager
+def planned_for(arch: int) -> Iterator[None]:
+    """Inside, plans for tensors on a CPU are those of compute capability `arch` (90 for 9.0); not thread-safe."""
+    _planned.append(arch)
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
+def planned_arch() -> int:
+    return _planned[-1]
 
 
 def define_op(

@@ -1,0 +1,184 @@
+"""predict_memory: a real training step of a real model on tensors that have no memory, and what it would hold where."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .._core.registry import planned_for
+from .replay import Replay, replay
+from .trace import Recorder, Trace
+from .unpadded import unpadded
+
+_STEPS = 2  # the second runs with what the first left: optimizer states
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of one training step, and what it was predicted for. `as_run_on` shows it for other hardware."""
+
+    parameters: int
+    trainable: int
+    trace: Trace
+    arch: int | None
+    replay: Replay
+
+    def as_run_on(self, arch: int | None, capacity: int | None = None) -> Replay:
+        """The same step on a GPU of compute capability `arch` (90 for 9.0) with `capacity` bytes, or on a CPU (None).
+        What this package's kernels take inside stays what it was predicted for.
+
+        Raises:
+            OutOfMemory: it does not fit.
+        """
+        return replay(self.trace, arch, capacity)
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as Torch runs it on a GPU by default: foreach, with temporaries half as large as the states."""
+    return torch.optim.AdamW(parameters, foreach=True)
+
+
+def default_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """model(**batch), as Hugging Face models compute their loss; a model may also return the loss itself."""
+    out = model(**batch)
+    loss = getattr(out, "loss", out)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss: model(**batch) gave {got}, expected one number (give labels in batch, or loss=...)")
+    return loss
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits of a Hugging Face model, through whatever wraps it."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _watch_head(model: nn.Module, recorder: Recorder) -> list[Any]:
+    """Tell the recorder when the output layer begins, forward, and when its input's gradient is made, backward."""
+    head = _output_layer(model)
+    if head is None:
+        return []
+
+    def leave(grad: Tensor) -> None:
+        recorder.in_head = False
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recorder.in_head = True
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(leave)
+
+    return [head.register_forward_pre_hook(enter, with_kwargs=True)]
+
+
+def _record(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Trace:
+    recorder = Recorder()
+    recorder.hold((*model.parameters(), *model.buffers()), "weights")
+    recorder.hold((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "inputs")
+    handles = _watch_head(model, recorder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handle = parameter.register_post_accumulate_grad_hook(lambda p: recorder.hold((p.grad,), "gradients"))
+            handles.append(handle)
+    try:
+        with recorder, without_garbage_collection():
+            for _ in range(_STEPS):
+                recorder.phase, recorder.in_head = "forward", False
+                value = loss(model, batch)
+                recorder.end_of_forward()
+                recorder.phase = "backward"
+                value.backward()
+                del value
+                recorder.phase, recorder.in_head = "step", False
+                optimizer.step()
+                recorder.hold(_states(optimizer), "optimizer")
+                optimizer.zero_grad()
+                gc.collect()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.trace.finish()
+
+
+def _fake_mode() -> FakeTensorMode:
+    """One whose tensors can change dtype in place, as module.to() does: nothing else may then refer to them.
+
+    A fake mode keeps a weak reference to what it made, for tensors that are converted twice; here none is.
+    """
+    fake = FakeTensorMode()
+    fake.fake_tensor_converter.set_tensor_memo = lambda tensor, made: None
+    return fake
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Inside, what refers to itself lives on, so that memory does not depend on when a collection happens to run."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def predict_memory(
+    build: Callable[[], nn.Module],
+    batch: Mapping[str, Tensor],
+    *,
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] = default_loss,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = default_optimizer,
+    arch: int | None = 90,
+) -> Prediction:
+    """The memory of a training step of the model that `build` makes, without a GPU and without its weights.
+
+    Everything runs as it would, the model's own code and this package's operators, on fake tensors: shapes, dtypes and
+    lifetimes are real, values are not. A 7B model takes a few seconds and half a gigabyte. Not seen: temporaries inside
+    other libraries' operators, and inside this package's where Triton is not installed; the CUDA context; sharding.
+
+    Args:
+        build: makes the model as it is trained (adapters injected, dtype chosen, checkpointing enabled), called with
+            no arguments where every new tensor is fake; so from a configuration, never from a file.
+        batch: what the model is called with by keyword; only shapes and dtypes matter. Without attention_mask a Hugging
+            Face model is taken to see no padding, which makes attention need less.
+        loss: (model, batch) -> one number. Default: model(**batch).loss.
+        optimizer: (trainable parameters) -> optimizer. Default: torch.optim.AdamW with foreach, Torch's default on a
+            GPU; without a word, others run here as on a CPU, parameter by parameter.
+        arch: compute capability of the GPU, 90 for 9.0 (H100), which decides the kernels' temporaries and the
+            libraries'; None for a CPU.
+
+    Raises:
+        ValueError: nothing in the model requires grad; the loss is not one number.
+        RuntimeError: the model's code reads values, which fake tensors do not have.
+    """
+    fake = _fake_mode()
+    with fake:
+        model = build()
+    batch = tree_map_only(Tensor, partial(fake.from_tensor, static_shapes=True), dict(batch))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("build: no parameter of the model requires grad, so that there is no training step")
+    attention = nullcontext() if "attention_mask" in batch else unpadded(model)
+    with fake, attention, nullcontext() if arch is None else planned_for(arch):
+        try:
+            trace = _record(model.train(), batch, loss, optimizer(trainable))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise RuntimeError(f"the model or its loss reads a value, which a prediction has not: {error}") from error
+    counts = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable)
+    return Prediction(*counts, trace, arch, replay(trace, arch))
