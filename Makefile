@@ -30,6 +30,7 @@ help:
 	@echo "make test    lint, the test-suite, the machine-code gate on two Triton versions, the rehearsal of make gpu"
 	@echo "make gpu     check and measure on a GPU, no network needed (DEVICE= OUT= ONLY= TUNE=1)"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer, on a GPU: once per change of a kernel"
+	@echo "python benchmarks/vram.py --help: the memory of a training step, before there is a GPU"
 	@echo "make build   .venv with the package built in place;  make venv: without building it"
 	@echo "make lint    ruff check and format check;  make clean: remove what the targets above made, not .cache"
 	@echo "PYTHON=python3.12 picks the interpreter, TORCH_INDEX=URL where Torch comes from"

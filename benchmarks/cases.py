@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import lora_linear, measure
+from . import lora_linear, lora_memory, measure
 from .lora_linear import LoRACase
 from .measure import Contender, Effort
+from .memory_methods import Method
 from .rows import Row, make_row
 
 try:
@@ -21,7 +22,8 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Primitive:
-    """`contenders(case, device)` binds every way to compute a case; `suites` names lists of cases.
+    """`contenders(case, device)` binds every way to compute a case; `suites` names lists of cases; `methods` are the
+    rows that it brings to the memory tables.
 
     Suites: "gpu" (what `make gpu` measures), "tiny" (its rehearsal on any CPU), "cpu" (the README's table), "speed"
     (pytest-benchmark).
@@ -29,6 +31,9 @@ class Primitive:
 
     contenders: Callable[[LoRACase, str], list[Contender]]
     suites: dict[str, Sequence[LoRACase]]
+    methods: tuple[Method, ...] = ()
+    work: Callable[[dict[str, float], str, bool], tuple[float, float]] | None = None
+    """(sizes of a case, dtype's name, whether of the floor) -> bytes that must move and FLOPs, for the roofline."""
 
 
 def _lora_gpu() -> list[LoRACase]:
@@ -60,6 +65,8 @@ PRIMITIVES = {
             "cpu": _lora_cpu(),
             "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
         },
+        lora_memory.METHODS,
+        lora_linear.work,
     )
 }
 

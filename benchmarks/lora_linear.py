@@ -169,6 +169,14 @@ def _field(case: LoRACase, device: str) -> list[tuple[str, str, str, str, Build]
     return found
 
 
+def work(sizes: dict[str, float], dtype: str, floor: bool) -> tuple[float, float]:
+    """Bytes that the kernels must move, and their FLOPs, forward and backward; the floor's without adapters."""
+    M, N, K, R = (sizes[name] for name in "MNKR")
+    every = configs.floors(M, N, K, R, getattr(torch, dtype), configs.PARTS[90])
+    parts = [one for name, one in every.items() if (name == "frozen") == floor]
+    return sum(one["bytes"] for one in parts), sum(one["flops"] for one in parts)
+
+
 def contenders(case: LoRACase, device: str) -> list[Contender]:
     """Every contender of the case, bound to rotating input sets that all of them share."""
     sets = [make_inputs(case, device, seed) for seed in range(input_sets(case.set_bytes, device))]

@@ -1,0 +1,146 @@
+"""Where the memory of a training step goes, by kind and phase: estimated by formula, predicted, and measured.
+
+    python benchmarks/vram.py --model llama-2-7b --method full lora qlora --rank 8
+    python benchmarks/vram.py --model path/to/config.json --method lora peft-lora --batch 4 --seq 2048 --fits 24GB
+
+No GPU and no weights are needed: the model's own code runs on tensors without memory. --measure runs the real step too.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
+
+from benchmarks import cases, vram_fits, vram_measure, vram_report
+from benchmarks.architectures import NAMES, Architecture, find
+from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options
+from peft_kernels.memory.predict import Prediction, predict_memory
+from peft_kernels.memory.replay import Replay
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def methods() -> dict[str, Method]:
+    """Every way to fine-tune that there is a row for; a primitive's own replace those that wait for it."""
+    found = {method.name: method for method in BASE_METHODS}
+    for primitive in cases.PRIMITIVES.values():
+        found |= {method.name: method for method in primitive.methods}
+    return found
+
+
+@dataclass
+class Result:
+    """All that is known of one method."""
+
+    method: Method
+    estimate: Estimate
+    prediction: Prediction | None = None
+    measured: Replay | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One model, one set of options, one kind of step."""
+
+    architecture: Architecture
+    options: Options
+    batch: int
+    seq: int
+    checkpointing: bool
+    optimizer: str
+    arch: int | None
+
+    def model(self, method: Method) -> nn.Module:
+        """As it is trained by `method`."""
+        base = self.architecture.build(self.options.dtype).requires_grad_(False)
+        if self.checkpointing:
+            base.gradient_checkpointing_enable()
+        model = method.adapt(base, self.options)
+        if self.checkpointing and not base.get_input_embeddings().weight.requires_grad:
+            base.enable_input_require_grads()  # as Hugging Face's trainers do
+        return model
+
+    def predict(self, method: Method, batch: int | None = None, seq: int | None = None) -> Prediction:
+        sizes = self.architecture.batch(batch or self.batch, seq or self.seq)
+        build = partial(self.model, method)
+        return predict_memory(build, sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
+
+    def estimate(self, method: Method) -> Estimate:
+        with FakeTensorMode():
+            return method.estimate(self.architecture.build(self.options.dtype), self.options)
+
+
+def answer(question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable) -> list[Result]:
+    """Estimate first, for all: what is wrong with the question shows before anything takes long."""
+    question.architecture.batch(question.batch, question.seq)
+    results = [Result(method, question.estimate(method)) for method in chosen]
+    for result in progress(results):
+        method = result.method
+        if method.adapt is None:
+            result.notes.append(f"estimate only: its prediction comes with the primitive {method.comes_with}")
+        elif method.missing:
+            result.notes.append(method.missing)
+        else:
+            result.prediction = question.predict(method)
+            if measure:
+                result.measured = vram_measure.measure(question, method, measure)
+    return results
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/vram.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help=f"{', '.join(NAMES)}, or the path of a config.json")
+    parser.add_argument("--method", nargs="+", default=["full", "lora"], choices=sorted(methods()), metavar="NAME",
+                        help=f"one or more of {', '.join(sorted(methods()))}")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", nargs="+", default=["all-linear"], help="names of linear layers, or all-linear")
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--seq", type=int, default=512, help="tokens in each")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the base model")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every block")
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw", help="adamw is Torch's default")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability of the GPU: 90 for 9.0 (H100)")
+    parser.add_argument("--fits", metavar="SIZE", type=vram_fits.card_bytes,
+                        help="find the largest batch that fits a card, such as 24GB")  # fmt: skip
+    parser.add_argument("--measure", choices=("cpu", "cuda"), help="run the real step too: its weights are allocated")
+    for name in ("csv", "json", "png"):
+        parser.add_argument(f"--{name}", type=Path, help=f"write the rows as {name.upper()} too")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    transformers.logging.set_verbosity_error()
+    targets = args.targets[0] if args.targets == ["all-linear"] else tuple(args.targets)
+    arch = None if args.measure == "cpu" else args.arch
+    try:
+        options = Options(args.rank, targets, DTYPES[args.dtype])
+        question = Question(find(args.model), options, args.batch, args.seq, args.checkpointing, args.optimizer, arch)
+        chosen = [methods()[name] for name in dict.fromkeys(args.method)]
+        bar = partial(tqdm, desc="predict", unit="method", disable=len(chosen) < 2, leave=False)
+        results = answer(question, chosen, args.measure, bar)
+    except ValueError as error:
+        print(f"vram: {error}", file=sys.stderr)
+        return 2
+    print(vram_report.text(question, results))
+    if args.fits:
+        print(vram_fits.text(question, [result.method for result in results if result.prediction], args.fits))
+    vram_report.write(question, results, args.csv, args.json, args.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""benchmarks/vram.py: the lecture's rows, what is wrong with a question, what fits a card, the files it writes."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # last, so that an installed peft_kernels stays the one that is tested
+
+pytest.importorskip("transformers", reason="its models are transformers': pip install transformers")
+
+from benchmarks import architectures, memory_methods, vram, vram_fits, vram_report  # noqa: E402
+
+GIB = 2**30
+SMALL = ("--model", "minilm-l6", "--batch", "2", "--seq", "16", "--dtype", "fp32")
+
+
+def question(model: str, **options) -> vram.Question:
+    return vram.Question(
+        architectures.find(model), memory_methods.Options(**options), 1, 512, False, "adamw", 90
+    )  # fmt: skip
+
+
+def estimate(model: str, method: str, **options) -> memory_methods.Estimate:
+    return question(model, **options).estimate(vram.methods()[method])
+
+
+def gib(one: memory_methods.Estimate) -> list[float]:
+    return [round(size / GIB, 2) for size in (one.weights, one.gradients, one.optimizer, one.total)]
+
+
+def test_the_lecture_s_table():
+    """Llama-2-7B in 16 bits: about 13 + 13 + 26 GB, and with a million trained parameters 13 GB + 2 MB + 4 MB."""
+    full = estimate("llama-2-7b", "full")
+    assert full.trained == 6_738_415_616
+    assert gib(full) == [12.55, 12.55, 25.1, 50.21]
+    million = estimate("llama-2-7b", "lora", rank=2, targets=("q_proj", "v_proj"))
+    assert million.trained == 2**20
+    assert (million.gradients, million.optimizer) == (2 * 2**20, 4 * 2**20)
+    assert round(million.total / GIB, 2) == 12.56
+
+
+def test_gpt3_with_lora():
+    """The LoRA paper's second figure: a checkpoint of 350 GB becomes one of 35 MB with r = 4 on q and v. Here c_attn is
+    q, k and v in one: r (K + 3 K) parameters a layer, as many as 2 r (K + K)."""
+    full, lora = estimate("gpt3-175b", "full"), estimate("gpt3-175b", "lora", rank=4, targets=("c_attn",))
+    assert round(full.weights / 1e9) == 349  # of 174.6e9 parameters
+    assert round(2 * lora.trained / 2**20) == 36
+    assert (round(full.total / 1e9), round(lora.total / 1e9)) == (1397, 349)  # the paper: 1.2 TB and 350 GB
+
+
+def test_qlora_weights():
+    """NF4 with double quantisation, 4.127 bits: 3.11 GiB for the linear layers, 0.49 for the rest."""
+    qlora = estimate("llama-2-7b", "qlora", rank=16)
+    adapters = 2 * qlora.trained
+    assert qlora.trained == 39_976_960
+    assert round((qlora.weights - adapters) / GIB, 2) == 3.6
+
+
+def test_prints_estimate_prediction_and_what_lies_between(capsys):
+    assert vram.main([*SMALL, "--method", "full", "lora", "peft-lora", "qlora"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"full +predicted +load .*\n +forward .*\n +backward .*\n +step ", text)
+    assert re.search(r"lora: [\d.]+ by formula, [\d.]+ predicted, reached in \w+, at [\w.]+: ", text)
+    assert "qlora: estimate only: its prediction comes with the primitive nf4_linear" in text
+
+
+def test_measured_on_a_cpu_is_predicted(tmp_path):
+    """By the same command: every kind that has a name, and all that is allocated, but for the optimizer's scalars."""
+    path = tmp_path / "rows.csv"
+    assert vram.main([*SMALL, "--method", "full", "lora", "--measure", "cpu", "--csv", str(path)]) == 0
+    rows = {(row["method"], row["source"], row["phase"]): row for row in csv.DictReader(path.open())}
+    for method in ("full", "lora"):
+        for phase in ("load", "forward", "backward", "step", "peak"):
+            found, real = rows[method, "predicted", phase], rows[method, "measured", phase]
+            assert 0 <= int(real["allocated"]) - int(found["allocated"]) <= 16
+            assert found["weights"] == real["weights"]
+
+
+def test_files(tmp_path, capsys):
+    files = [tmp_path / "deep" / f"rows.{kind}" for kind in ("csv", "json", "png")]
+    arguments = [word for path in files for word in (f"--{path.suffix[1:]}", str(path))]
+    assert vram.main([*SMALL, "--method", "lora", *arguments]) == 0
+    rows = list(csv.DictReader(files[0].open()))
+    assert [row["phase"] for row in rows] == ["sum", "load", "forward", "backward", "step", "peak"]
+    kinds = list(vram_report.COLUMNS)
+    for row in rows[1:]:
+        assert sum(int(row[kind]) for kind in kinds) == int(row["allocated"])
+    stored = json.loads(files[1].read_text())
+    assert stored["question"]["model"] == "minilm-l6" and len(stored["rows"]) == len(rows)
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in files[0].parent.iterdir()) == ["rows.csv", "rows.json", "rows.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", "llama-9"],
+            r"model 'llama-9' is no file; expected the path of a config.json or one of llama-2-",
+        ),
+        (["--model", __file__], "is not a config.json that transformers knows"),
+        ([*SMALL, "--rank", "385"], r"rank is 385; expected 1 to 384, the smaller side of bert\.encoder"),
+        ([*SMALL, "--rank", "0"], "rank is 0; expected 1 to 384"),
+        ([*SMALL, "--targets", "q_proj"], "targets q_proj: no such linear layer; there are dense, key, query, value"),
+        ([*SMALL, "--seq", "513"], "seq is 513, but minilm-l6 has positions for 512 tokens at most"),
+        ([*SMALL, "--batch", "0"], "batch 0 x 16: expected at least 1 x 1"),
+        ([*SMALL, "--batch", str(2**50)], "overflows"),
+        (["--model", "llama-2-7b", "--method", "bitfit"], "this model has no parameter named bias"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(vram, "predict_memory", None)
+    assert vram.main(["--method", "lora", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_config_file(tmp_path, capsys):
+    config = architectures.find("smollm2-135m").config
+    config.num_hidden_layers = 1
+    config.save_pretrained(tmp_path / "tiny")
+    assert vram.main(["--model", str(tmp_path / "tiny" / "config.json"), "--method", "lora", "--seq", "8"]) == 0
+    assert capsys.readouterr().out.startswith("tiny: bfloat16 base, batch 1 x 8 tokens")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 9, 100])
+def test_the_largest_that_works(size):
+    asked = []
+    assert vram_fits.largest(lambda n: asked.append(n) or n <= size, 64) == min(size, 64)
+    assert len(asked) <= 13 and max(asked) <= 64
+
+
+def test_what_fits_is_the_last_that_does():
+    one, method = question("minilm-l6", dtype=torch.float32), vram.methods()["lora"]
+    small = replace(one, batch=2, seq=64)
+    need = small.predict(method).replay.reserved
+    assert vram_fits.fits(small, method, 2, 64, need)
+    assert not vram_fits.fits(small, method, 8, 64, need)
+
+
+def test_what_does_not_fit_says_what_to_change(capsys):
+    arguments = ["--model", "llama-2-7b", "--method", "full", "--fits", "2GB", "--seq", "64"]
+    assert vram.main(arguments) == 0
+    assert "not 64: try --checkpointing, --optimizer adamw-fused, --method lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "24 PB", "1,5GB"])
+def test_a_size_has_a_unit(text, capsys):
+    with pytest.raises(SystemExit):
+        vram.main([*SMALL, "--fits", text])
+    assert "expected a number and a unit, such as 24GB" in capsys.readouterr().err
+
+
+def test_runs_by_its_path(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "vram.py"), *SMALL, "--method", "lora"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "peft" not in done.stderr.lower() and "minilm-l6" in done.stdout
