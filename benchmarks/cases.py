@@ -167,12 +167,13 @@ def run_case(
     env: dict[str, str],
     effort: Effort | None = None,
     contenders: Sequence[Contender] | None = None,
+    graphs: bool = True,
 ) -> list[Row]:
     """Check, then time every contender of one case in this process.
 
     One row per contender and way of timing: "wall" on the CPU; "eager" and "graph" on CUDA. A contender that is not
     installed, fails or computes wrong values has a row whose status says so and no times. `contenders` replaces the
-    primitive's own.
+    primitive's own. Without `graphs` "eager" is all that is timed on CUDA.
     """
     effort = effort or Effort()
     if contenders is None:
@@ -184,5 +185,7 @@ def run_case(
         return list(_case_rows(primitive, case, results, "wall", timings, {}, env))
     timings = measure.time_cuda([result.contender for result in sound], effort)
     rows = list(_case_rows(primitive, case, results, "eager", timings, {}, env))
+    if not graphs:
+        return rows
     timings, failed = _graphs(sound, effort)
     return rows + list(_case_rows(primitive, case, results, "graph", timings, failed, env))

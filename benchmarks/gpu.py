@@ -66,7 +66,8 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    apart = tuple(f"--ignore=tests/test_{name}.py" for name in ("aot", "mutation", "demo", "benchmarks"))
+    names = ("aot", "mutation", "demo", "benchmarks", "memory", "memory_allocator", "vram", "plot")
+    apart = tuple(f"--ignore=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]
 
@@ -87,6 +88,9 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
         command = (_PY, "-m", "benchmarks.suite", primitive, "--suite", suite, *where)
         command += ("--csv", str(work / f"{primitive}.csv"), *flags)
         found.append(Step(f"measure {primitive}", command, 300, stops=(), env=env))
+    sizes = () if device == "cuda" else ("--model", "smollm2-135m", "--layers", "1", "--seq", "16", "--rounds", "2")
+    step = (_PY, "-m", "benchmarks.step", *where, *sizes, "--csv", str(work / "step.csv"))
+    found.append(Step("training step", step, 120, stops=()))
     return found
 
 
@@ -94,11 +98,11 @@ def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Pat
     """Merge what this version measured into `out`: a result file is replaced whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for primitive in only:
-        found = [row for row in rows.read(work / f"{primitive}.csv") if row["source"] == source]
+    for name in (*only, "step"):
+        found = [row for row in rows.read(work / f"{name}.csv") if row["source"] == source]
         if found:
-            rows.write(out / f"{primitive}.csv", found)
-            written.append(out / f"{primitive}.csv")
+            rows.write(out / f"{name}.csv", found)
+            written.append(out / f"{name}.csv")
     for name in ("ceilings.json", *(f"{primitive}_configs.json" for primitive in only)):
         if (work / name).exists():
             shutil.copyfile(work / name, out / name)

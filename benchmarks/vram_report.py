@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from peft_kernels.memory.replay import Moment
@@ -130,8 +129,10 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(file.name, path)
 
 
-def picture(question, results) -> Figure:
+def picture(question, results):
     """A bar per method and source, of the peak by kind; the estimate's beside what was predicted and measured."""
+    from matplotlib.figure import Figure  # optional: only a picture needs it
+
     bars = [row for row in rows(results) if row["phase"] in ("sum", "peak")]
     figure = Figure(figsize=(2 + 1.3 * len(bars), 5), layout="constrained")
     axes = figure.subplots()
