@@ -3,8 +3,8 @@
 import csv
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,14 +51,17 @@ def test_flops_are_those_of_the_weight_matrices(trained, factor):
     assert step.model_flops(model, 10, trained) == factor * 10 * (2 * block + 49152 * 576)
 
 
-def test_the_most_layers_that_fit():
-    method = vram.methods()["lora"]
-    asked = vram.Question(case(3).shortened(), case().options, 1, 16, False, "adamw-fused", 90)
-    need = int(asked.predict(method).replay.peak.allocated / step._SHARE) + 1
-    assert step.fitting_layers(case(), [method], need) == 3
-    assert step.fitting_layers(case(), [method], 1 << 20) == 0
-    few = replace(case(), architecture=replace(case(2).shortened()))
-    assert step.fitting_layers(few, [method], need) == 2
+@pytest.mark.parametrize(("capacity", "layers"), [(1, 0), (499, 3), (500, 4), (3749, 29), (3750, 30), (10**9, 30)])
+def test_the_most_layers_that_fit(capacity, layers, monkeypatch):
+    """A predicted step of 100 bytes a layer, and four fifths of the capacity; 30 layers are all."""
+
+    def predict(question, method):
+        peak = SimpleNamespace(allocated=100 * question.architecture.config.num_hidden_layers)
+        return SimpleNamespace(replay=SimpleNamespace(peak=peak))
+
+    monkeypatch.setattr(vram.Question, "predict", predict)
+    waiting = vram.methods()["qlora"]
+    assert step.fitting_layers(case(), [vram.methods()["lora"], waiting], capacity) == layers
 
 
 def test_what_is_wrong_is_said(capsys):
