@@ -5,21 +5,18 @@ from torch import nn
 import peft_kernels as pk
 
 from .environment import version
-from .memory_methods import Method, Options, lora_estimate
-
-
-def _targets(options: Options) -> str | list[str]:
-    return options.targets if isinstance(options.targets, str) else list(options.targets)
+from .memory_methods import Method, Options, lora_estimate, targeted
 
 
 def _fused(model: nn.Module, options: Options) -> nn.Module:
-    return pk.inject(model, pk.LoraConfig(r=options.rank, target_modules=_targets(options)))
+    return pk.inject(model, pk.LoraConfig(r=options.rank, target_modules=list(targeted(model, options))))
 
 
 def _peft(model: nn.Module, options: Options) -> nn.Module:
     import peft  # a peer: only here when it is installed
 
-    return peft.get_peft_model(model, peft.LoraConfig(r=options.rank, target_modules=_targets(options)))
+    config = peft.LoraConfig(r=options.rank, target_modules=list(targeted(model, options)))
+    return peft.get_peft_model(model, config)
 
 
 _NO_PEFT = "" if version("peft") != "none" else "not installed: pip install peft"

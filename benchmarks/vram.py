@@ -98,6 +98,14 @@ def answer(question: Question, chosen: Sequence[Method], measure: str | None, pr
     return results
 
 
+def here() -> int | None:
+    """The compute capability of this GPU, 90 for 9.0."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/vram.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,14 +126,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measure", choices=("cpu", "cuda"), help="run the real step too: its weights are allocated")
     for name in ("csv", "json", "png"):
         parser.add_argument(f"--{name}", type=Path, help=f"write the rows as {name.upper()} too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.fits is not None and (args.measure == "cpu" or args.fits <= vram_fits.CONTEXT):
+        left = f"a card of more than {vram_fits.CONTEXT >> 20} MiB, which go to the CUDA context, and no --measure cpu"
+        parser.error(f"--fits needs {left}")
+    if args.measure == "cuda" and not torch.cuda.is_available():
+        parser.error("--measure cuda: there is no CUDA device")
+    for path in filter(None, (args.csv, args.json, args.png)):
+        if path.is_dir():
+            parser.error(f"{path} is a folder; expected a file to write")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     transformers.logging.set_verbosity_error()
     targets = args.targets[0] if args.targets == ["all-linear"] else tuple(args.targets)
-    arch = None if args.measure == "cpu" else args.arch
+    arch = {"cpu": None, "cuda": here()}.get(args.measure, args.arch)
     try:
         options = Options(args.rank, targets, DTYPES[args.dtype])
         question = Question(find(args.model), options, args.batch, args.seq, args.checkpointing, args.optimizer, arch)
@@ -136,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vram: {error}", file=sys.stderr)
         return 2
     print(vram_report.text(question, results))
-    if args.fits:
+    if args.fits is not None:
         print(vram_fits.text(question, [result.method for result in results if result.prediction], args.fits))
     vram_report.write(question, results, args.csv, args.json, args.png)
     return 0

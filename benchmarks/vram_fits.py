@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tabulate import tabulate
 from tqdm import tqdm
@@ -19,7 +20,7 @@ _UNITS = {"GB": 2**30, "GIB": 2**30, "MB": 2**20, "MIB": 2**20}
 
 
 def card_bytes(size: str) -> int:
-    """Bytes of "24GB": cards are named in GB and hold GiB."""
+    """Bytes of "24GB", taken as 24 GiB, which some cards do not quite have: nvidia-smi says, in MiB."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size)
     if found is None or found[2].upper() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{size!r} is no size; expected a number and a unit, such as 24GB")
@@ -36,7 +37,8 @@ def fits(question, method: Method, batch: int, seq: int, capacity: int) -> bool:
 
 
 def largest(works, most: int) -> int:
-    """The largest n up to `most` of which `works(n)` is true, 0 when there is none; true of one, true of all below."""
+    """The largest n up to `most` of which `works(n)` is true, 0 when there is none, if what is true of one is true of
+    all below. An allocator's is so but for its last few: then an n that works, and whose double does not."""
     if not works(1):
         return 0
     good, bad = 1, 2
@@ -49,13 +51,18 @@ def largest(works, most: int) -> int:
     return good
 
 
-def _advice(question, method: Method) -> str:
-    ideas = [] if question.checkpointing else ["--checkpointing"]
-    if question.optimizer == "adamw" and method.name == "full":
-        ideas.append("--optimizer adamw-fused")
-    if method.name == "full":
-        ideas.append("--method lora")
-    return f"try {', '.join(ideas) or 'a smaller model, a larger card'}"
+def _advice(question, method: Method, capacity: int) -> str:
+    """What to change, of which one sequence is predicted to fit; the weights first, which nothing makes smaller."""
+    weights = question.predict(method, 1, 1).replay.phases["load"].allocated
+    if weights > capacity:
+        return f"the weights alone are {weights / 2**30:.2f} GiB: a smaller model, a larger card"
+    ideas = {
+        "--checkpointing": replace(question, checkpointing=True),
+        "--optimizer adamw-fused": replace(question, optimizer="adamw-fused"),
+        "both": replace(question, checkpointing=True, optimizer="adamw-fused"),
+    }
+    good = [name for name, one in ideas.items() if one != question and fits(one, method, 1, question.seq, capacity)]
+    return f"fits with {' or '.join(good)}" if good else "nor with --checkpointing --optimizer adamw-fused"
 
 
 def text(question, methods: Sequence[Method], card: int) -> str:
@@ -68,7 +75,7 @@ def text(question, methods: Sequence[Method], card: int) -> str:
             continue
         units = largest(lambda n, m=method: fits(question, m, 1, 64 * n, card - CONTEXT), max(1, question.seq // 64))
         found = f"1 x {64 * units}" if units else "nothing"
-        lines.append((method.name, found, f"not {question.seq}: {_advice(question, method)}"))
+        lines.append((method.name, found, f"not {question.seq}: {_advice(question, method, card - CONTEXT)}"))
     head = (
         f"\nLargest batch on a card of {card / 2**30:g} GiB, {CONTEXT / 2**30:g} GiB of it left to the CUDA context\n"
     )

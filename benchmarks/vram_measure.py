@@ -80,6 +80,9 @@ def step(
 def measure(question, method: Method, device: str) -> Replay:
     """The step that the question describes, with real weights, on `device` ("cpu" or "cuda")."""
     torch.manual_seed(0)
+    if device == "cuda":  # what the method before reserved is not this one's
+        gc.collect()
+        torch.cuda.empty_cache()
     model = question.model(method).to(device).train()
     sizes = question.architecture.batch(question.batch, question.seq)
     batch = {name: tensor.to(device) for name, tensor in sizes.items()}

@@ -100,7 +100,7 @@ def _gap(result) -> str:
 def text(question, results) -> str:
     """All of it, in GiB."""
     sizes, options = f"batch {question.batch} x {question.seq}", question.options
-    card = f"compute capability {question.arch / 10:.1f}" if question.arch else "CPU"
+    card = "CPU" if question.arch is None else f"compute capability {question.arch / 10:.1f}"
     targets = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)
     head = (
         f"{question.architecture.name}: {str(options.dtype).removeprefix('torch.')} base, {sizes} tokens, "

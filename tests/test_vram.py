@@ -149,7 +149,28 @@ def test_what_fits_is_the_last_that_does():
 
 def test_what_does_not_fit_says_what_to_change(capsys):
     assert vram.main([*SMALL, "--method", "full", "--fits", "1100MB"]) == 0
-    assert "not 16: try --checkpointing, --optimizer adamw-fused, --method lora" in capsys.readouterr().out
+    assert re.search(r"full +nothing +not 16: the weights alone are 0\.15 GiB: a smaller", capsys.readouterr().out)
+
+
+def test_advice_is_what_was_predicted_to_fit():
+    asked, method = replace(question("minilm-l6", dtype=torch.float32), seq=16), vram.methods()["full"]
+    need = {name: replace(asked, optimizer=name).predict(method).replay.reserved for name in ("adamw", "adamw-fused")}
+    assert need["adamw-fused"] < need["adamw"]
+    assert vram_fits._advice(asked, method, need["adamw-fused"]) == "fits with --optimizer adamw-fused or both"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "peft-lora"])
+@pytest.mark.parametrize("model", ["minilm-l6", "smollm2-135m"])
+def test_the_estimate_counts_what_is_trained(model, method):
+    asked, way = replace(question(model), seq=8), vram.methods()[method]
+    assert asked.estimate(way).trained == asked.predict(way).trainable
+
+
+@pytest.mark.parametrize("arguments", [["--fits", "1GB"], ["--fits", "24GB", "--measure", "cpu"], ["--csv", "."]])
+def test_options_that_do_not_go_together(arguments, capsys):
+    with pytest.raises(SystemExit):
+        vram.main([*SMALL, *arguments])
+    assert re.search("--fits needs a card of more than 1024 MiB|is a folder", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["24", "GB", "24 PB", "1,5GB"])

@@ -1,5 +1,6 @@
 """predict_memory: a real training step of a real model on tensors that have no memory, and what it would hold where."""
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._core.registry import planned_for
+from .as_on_gpu import as_on_gpu
 from .replay import Replay, replay
 from .trace import Recorder, Trace
 from .unpadded import unpadded
@@ -113,12 +115,19 @@ def _record(
     return recorder.trace.finish()
 
 
+class _OneFakeMode(FakeTensorMode):
+    """Modules are copied with their tensors, which would take copies of their mode along."""
+
+    def __deepcopy__(self, memo: dict) -> "_OneFakeMode":
+        return self
+
+
 def _fake_mode() -> FakeTensorMode:
     """One whose tensors can change dtype in place, as module.to() does: nothing else may then refer to them.
 
     A fake mode keeps a weak reference to what it made, for tensors that are converted twice; here none is.
     """
-    fake = FakeTensorMode()
+    fake = _OneFakeMode()
     fake.fake_tensor_converter.set_tensor_memo = lambda tensor, made: None
     return fake
 
@@ -126,12 +135,14 @@ def _fake_mode() -> FakeTensorMode:
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
     """Inside, what refers to itself lives on, so that memory does not depend on when a collection happens to run."""
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -151,6 +162,7 @@ def predict_memory(
     Everything runs as it would, the model's own code and this package's operators, on fake tensors: shapes, dtypes and
     lifetimes are real, values are not. A 7B model takes a few seconds and half a gigabyte. Not seen: temporaries inside
     other libraries' operators, and inside this package's where Triton is not installed; the CUDA context; sharding.
+    Not for two threads at once.
 
     Args:
         build: makes the model as it is trained (adapters injected, dtype chosen, checkpointing enabled), called with
@@ -174,8 +186,10 @@ def predict_memory(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("build: no parameter of the model requires grad, so that there is no training step")
-    attention = nullcontext() if "attention_mask" in batch else unpadded(model)
-    with fake, attention, nullcontext() if arch is None else planned_for(arch):
+    attention = unpadded(model) if batch.get("attention_mask") is None else nullcontext()
+    with contextlib.ExitStack() as stack:
+        for context in (fake, attention, *(() if arch is None else (planned_for(arch), as_on_gpu()))):
+            stack.enter_context(context)
         try:
             trace = _record(model.train(), batch, loss, optimizer(trainable))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:

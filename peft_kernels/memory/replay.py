@@ -62,12 +62,22 @@ class _Exact:
         self.allocated -= block.size
 
 
+def _note(worst: dict[str, Moment], phase: str, moment: Moment) -> None:
+    if phase not in worst or moment.allocated > worst[phase].allocated:
+        worst[phase] = moment
+
+
 def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Replay:
     """Run the trace through the allocator of a GPU of compute capability `arch`, or of a CPU (None).
 
     Raises:
         OutOfMemory: the GPU may reserve `capacity` bytes, and that is not enough.
+        ValueError: an `arch` that is no compute capability, or a capacity for a CPU.
     """
+    if arch is None and capacity is not None:
+        raise ValueError(f"capacity is {capacity}, but arch is None: a CPU's memory has no limit here")
+    if arch is not None and not (isinstance(arch, int) and 70 <= arch < 130):
+        raise ValueError(f"arch is {arch!r}; expected a compute capability such as 90 for 9.0, or None for a CPU")
     allocator = _Exact() if arch is None else CachingAllocator(capacity)
     blocks: dict[Piece, Block] = {}
     saved, before = 0, ""
@@ -83,6 +93,8 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
             continue  # declared for the GPU's kernels
         if before == "forward" and event.phase == "backward":
             saved = held["activations"] + held["logits"]
+        if event.phase != before:  # what the phase begins with may be its worst
+            _note(worst, event.phase, Moment(allocator.allocated, dict(held), ""))
         before = event.phase
         if event.freed:
             allocator.free(blocks.pop(piece))
@@ -90,7 +102,7 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
             continue
         blocks[piece] = allocator.malloc(piece.nbytes)
         held[piece.kind] += piece.nbytes
-        if event.phase not in worst or allocator.allocated > worst[event.phase].allocated:
+        if allocator.allocated > worst[event.phase].allocated:
             worst[event.phase] = Moment(allocator.allocated, dict(held), event.during)
     phases = {phase: worst[phase] for phase in PHASES if phase in worst}
     return Replay(phases, None if arch is None else allocator.peak_reserved, saved)

@@ -1,0 +1,36 @@
+"""Functions that a GPU serves by other operators than a CPU, called as there: what they keep for backward differs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATTENTION = F.scaled_dot_product_attention
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return input
+    out = torch.native_dropout(input, p, True)[0]
+    return input.copy_(out) if inplace else out
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, **more) -> Tensor:
+    return _ATTENTION(query, key, value, attn_mask, 0.0, **more)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, dropout keeps a mask of one byte per element, where a CPU keeps one of the input's dtype; attention draws
+    its dropout again in backward, where a CPU leaves flash attention and keeps the whole matrix. Not thread-safe.
+
+    A mode would be the cleaner way, but backward leaves modes before it computes a checkpoint again.
+    """
+    dropout = F.dropout
+    F.dropout, F.scaled_dot_product_attention = _dropout, _attention
+    try:
+        yield
+    finally:
+        F.dropout, F.scaled_dot_product_attention = dropout, _ATTENTION
