@@ -42,7 +42,7 @@ class Architecture:
         return {"input_ids": ids, "labels": torch.zeros(size, dtype=torch.long) if self.classifier else ids}
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more) -> LlamaConfig:
+def _llama(*, hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -52,6 +52,24 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, groups: int, vocabu
         vocab_size=vocabulary,
         **{"max_position_embeddings": 8192, "tie_word_embeddings": False, "use_cache": False, **more},
     )
+
+
+def _llama2_7b() -> LlamaConfig:
+    sizes = {"hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "groups": 32, "vocabulary": 32000}
+    return _llama(**sizes, max_position_embeddings=4096)
+
+
+def _llama3_8b() -> LlamaConfig:
+    return _llama(hidden=4096, inner=14336, layers=32, heads=32, groups=8, vocabulary=128256)
+
+
+def _llama3_70b() -> LlamaConfig:
+    return _llama(hidden=8192, inner=28672, layers=80, heads=64, groups=8, vocabulary=128256)
+
+
+def _smollm2() -> LlamaConfig:
+    sizes = {"hidden": 576, "inner": 1536, "layers": 30, "heads": 9, "groups": 3, "vocabulary": 49152}
+    return _llama(**sizes, tie_word_embeddings=True)
 
 
 def _mistral_7b() -> MistralConfig:
@@ -79,18 +97,16 @@ def _minilm() -> BertConfig:
     return BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 
 
-_SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
-
 # name -> (configuration, nominal parameters, classifier)
 _NAMED: dict[str, tuple[Callable[[], PretrainedConfig], float | None, bool]] = {
-    "llama-2-7b": (lambda: _llama(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096), 7e9, False),
-    "llama-3-8b": (lambda: _llama(4096, 14336, 32, 32, 8, 128256), 8e9, False),
-    "llama-3-70b": (lambda: _llama(8192, 28672, 80, 64, 8, 128256), 70e9, False),
+    "llama-2-7b": (_llama2_7b, 7e9, False),
+    "llama-3-8b": (_llama3_8b, 8e9, False),
+    "llama-3-70b": (_llama3_70b, 70e9, False),
     "mistral-7b": (_mistral_7b, 7e9, False),
     "qwen2.5-7b": (_qwen_7b, 7e9, False),
     "gemma-2-9b": (_gemma_9b, 9e9, False),
     "gpt3-175b": (_gpt3, 175e9, False),
-    "smollm2-135m": (lambda: _llama(*_SMOLLM2, tie_word_embeddings=True), None, False),
+    "smollm2-135m": (_smollm2, None, False),
     "minilm-l6": (_minilm, None, True),
     "bert-base": (BertConfig, None, True),
 }

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.memory.predict import optimizer_states
+
 
 class Footprint(NamedTuple):
     """Bytes by kind; each is the most that is held at once during the step."""
@@ -65,11 +67,10 @@ def measure(model: nn.Module, loss_fn: Callable[[], Tensor]) -> Footprint:
         loss = loss_fn()
     loss.backward()
     optimizer.step()
-    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     footprint = Footprint(
         weights=storage_bytes(held),
         gradients=storage_bytes(p.grad for p in trainable if p.grad is not None),
-        optimizer=storage_bytes(states),
+        optimizer=storage_bytes(optimizer_states(optimizer)),
         saved=saved.bytes,
     )
     model.zero_grad(set_to_none=True)

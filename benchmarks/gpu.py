@@ -66,8 +66,8 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    names = ("aot", "mutation", "demo", "benchmarks", "memory", "memory_allocator", "memory_cases", "vram", "plot")
-    apart = tuple(f"--ignore=tests/test_{name}.py" for name in names)
+    names = ("aot", "mutation", "demo", "benchmarks", "memory*", "vram", "plot", "step")
+    apart = tuple(f"--ignore-glob=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]
 

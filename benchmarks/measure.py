@@ -180,26 +180,31 @@ def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], effort: Eff
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes over what was allocated before a step: the most during it, and what is left when its result is dropped."""
+    """Bytes over what was allocated before an action: the most during it, and what it leaves."""
 
     peak: int
     left: int
 
 
 def memory(step: Step, device: str) -> Memory:
-    """Memory of one step after a warm-up step, from the device's own allocator."""
+    """Memory of one step after a warm-up step; its result is dropped."""
     step(0)
     gc.collect()
+    return held_by(lambda: step(0), device)
+
+
+def held_by(action: Callable[[], object], device: str) -> Memory:
+    """Memory of what `action` does, from the device's own allocator."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(0)
+        action()
         torch.cuda.synchronize()
         return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler first starts: it logs to stderr otherwise
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
-        step(0)
+        action()
     # The CPU allocator keeps no peak: replay its trace. nbytes is negative where memory is freed.
     trace = [
         (event.start_ns(), event.nbytes()) for event in profile.kineto_results.events() if event.name() == "[memory]"

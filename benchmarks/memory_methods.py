@@ -29,8 +29,12 @@ class Estimate:
     optimizer: float
 
     @property
+    def kinds(self) -> dict[str, float]:
+        return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+
+    @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        return sum(self.kinds.values())
 
 
 @dataclass(frozen=True)

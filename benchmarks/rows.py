@@ -1,6 +1,7 @@
 """Result rows: one CSV schema for every primitive, written whole or not at all, and the tables printed from it."""
 
 import csv
+import io
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -73,11 +74,22 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Merge `rows` into the file at `path`: same key replaces, others stay, sorted; the file is never half-written."""
     merged = {tuple(row[name] for name in KEY): row for row in [*read(path), *rows]}
+    replace_file(path, csv_bytes(COLUMNS, (merged[key] for key in sorted(merged))))
+
+
+def csv_bytes(columns: Sequence[str], lines: Iterable[dict]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().encode()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write the file at `path`, and its folders, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", newline="", dir=path.parent, suffix=".csv", delete=False) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged[key] for key in sorted(merged))
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
+        file.write(content)
     os.chmod(file.name, 0o644)  # a temporary file is private, a result is not
     os.replace(file.name, path)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
 
 from benchmarks import cases, environment, rows, vram
-from benchmarks.architectures import NAMES, Architecture, find
+from benchmarks.architectures import Architecture, find
 from benchmarks.measure import Contender, Effort, Step
 from benchmarks.memory_methods import OPTIMIZERS, Method, Options
 from benchmarks.models import sharing_copy
@@ -171,16 +171,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = sorted(vram.methods())
-    parser.add_argument("--model", default="llama-3-8b", help=f"{', '.join(NAMES)}, or the path of a config.json")
-    parser.add_argument("--method", nargs="+", default=["lora", "peft-lora"], choices=known, metavar="NAME",
-                        help=f"one or more of {', '.join(known)}")  # fmt: skip
+    defaults = {"model": "llama-3-8b", "method": ["lora", "peft-lora"], "rank": 16}
+    vram.add_question(parser, **defaults, batch=1, seq=4096, optimizer="adamw-fused")
     parser.add_argument("--layers", type=int, help="default: as many as fit, by prediction")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--dtype", choices=sorted(vram.DTYPES), default="bf16")
-    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw-fused")
     parser.add_argument("--compile", action="store_true", help="each peer under torch.compile too")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its pa
 
 from benchmarks import cases, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find
+from benchmarks.lora_linear import arch_here
 from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options
 from peft_kernels.memory.predict import Prediction, predict_memory
 from peft_kernels.memory.replay import Replay
@@ -77,8 +78,12 @@ class Question:
         return predict_memory(build, sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
 
     def estimate(self, method: Method) -> Estimate:
+        return method.estimate(self._without_memory, self.options)
+
+    @cached_property
+    def _without_memory(self) -> nn.Module:
         with FakeTensorMode():
-            return method.estimate(self.architecture.build(self.options.dtype), self.options)
+            return self.architecture.build(self.options.dtype)
 
 
 def answer(question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable) -> list[Result]:
@@ -98,28 +103,28 @@ def answer(question: Question, chosen: Sequence[Method], measure: str | None, pr
     return results
 
 
-def here() -> int | None:
-    """The compute capability of this GPU, 90 for 9.0."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+def add_question(parser: argparse.ArgumentParser, **defaults) -> None:
+    """The options that say which step of which model is meant."""
+    known = sorted(methods())
+    several = f"one or more of {', '.join(known)}"
+    names = f"{', '.join(NAMES)}, or the path of a config.json"
+    parser.add_argument("--model", required="model" not in defaults, help=names)
+    parser.add_argument("--method", nargs="+", choices=known, metavar="NAME", help=several)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--batch", type=int, help="sequences")
+    parser.add_argument("--seq", type=int, help="tokens in each")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the base model")
+    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), help="adamw is Torch's default on a GPU: foreach")
+    parser.set_defaults(**defaults)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/vram.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help=f"{', '.join(NAMES)}, or the path of a config.json")
-    parser.add_argument("--method", nargs="+", default=["full", "lora"], choices=sorted(methods()), metavar="NAME",
-                        help=f"one or more of {', '.join(sorted(methods()))}")  # fmt: skip
-    parser.add_argument("--rank", type=int, default=8)
+    add_question(parser, method=["full", "lora"], rank=8, batch=1, seq=512, optimizer="adamw")
     parser.add_argument("--targets", nargs="+", default=["all-linear"], help="names of linear layers, or all-linear")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--seq", type=int, default=512, help="tokens in each")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of the base model")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every block")
-    parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adamw", help="adamw is Torch's default")
     parser.add_argument("--arch", type=int, default=90, help="compute capability of the GPU: 90 for 9.0 (H100)")
     parser.add_argument("--fits", metavar="SIZE", type=vram_fits.card_bytes,
                         help="find the largest batch that fits a card, such as 24GB")  # fmt: skip
@@ -142,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     transformers.logging.set_verbosity_error()
     targets = args.targets[0] if args.targets == ["all-linear"] else tuple(args.targets)
-    arch = {"cpu": None, "cuda": here()}.get(args.measure, args.arch)
+    arch = arch_here() if args.measure == "cuda" else None if args.measure == "cpu" else args.arch
     try:
         options = Options(args.rank, targets, DTYPES[args.dtype])
         question = Question(find(args.model), options, args.batch, args.seq, args.checkpointing, args.optimizer, arch)

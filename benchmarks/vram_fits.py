@@ -29,7 +29,9 @@ def card_bytes(size: str) -> int:
 
 def fits(question, method: Method, batch: int, seq: int, capacity: int) -> bool:
     prediction = question.predict(method, batch, seq)
-    try:
+    if prediction.replay.reserved <= capacity:
+        return True
+    try:  # a full card gives back what is empty
         prediction.as_run_on(question.arch, capacity)
     except OutOfMemory:
         return False

@@ -1,9 +1,7 @@
 """The memory tables in print, as CSV, JSON and as a picture."""
 
-import csv
+import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from peft_kernels.memory.replay import Moment
 from peft_kernels.memory.trace import PHASES
 
 from . import environment
+from .rows import csv_bytes, replace_file
 
 GIB = 2**30
 COLUMNS = {
@@ -44,8 +43,7 @@ def rows(results) -> Iterator[dict[str, object]]:
     """One row per method, source and phase; bytes by kind, allocated and reserved. `peak` is the phases' worst."""
     for result in results:
         one = result.estimate
-        known = {"weights": one.weights, "gradients": one.gradients, "optimizer": one.optimizer}
-        yield {"method": result.method.name, "source": "estimate", "phase": "sum", **known, "allocated": one.total}
+        yield {"method": result.method.name, "source": "estimate", "phase": "sum", **one.kinds, "allocated": one.total}
         replays = {"predicted": result.prediction and result.prediction.replay, "measured": result.measured}
         for source, replay in replays.items():
             if replay is None:
@@ -59,7 +57,7 @@ def _estimates(question, results) -> str:
     lines = []
     for result in results:
         one = result.estimate
-        sums = (one.weights, one.gradients, one.optimizer, one.total)
+        sums = (*one.kinds.values(), one.total)
         lines.append((result.method.name, f"{one.trained:,}", *(_gib(size) for size in sums)))
     nominal, width = question.architecture.nominal, question.options.dtype.itemsize
     if nominal and any(result.method.name == "full" for result in results):
@@ -87,8 +85,7 @@ def _phases(results) -> str:
 def _gap(result) -> str:
     """The estimate's alpha: what the peak holds beyond the formula, and where less is alive at that moment."""
     peak, one = result.prediction.replay.peak, result.estimate
-    known = {"weights": one.weights, "gradients": one.gradients, "optimizer": one.optimizer}
-    parts = {kind: size - known.get(kind, 0) for kind, size in _kinds(peak).items()}
+    parts = {kind: size - one.kinds.get(kind, 0) for kind, size in _kinds(peak).items()}
     words = [f"{COLUMNS[kind]} {'+' if size > 0 else '-'}{_gib(abs(size))}" for kind, size in parts.items()
              if abs(size) >= 1e-4 * GIB]  # fmt: skip
     phase = next(name for name in PHASES if result.prediction.replay.phases.get(name) is peak)
@@ -118,15 +115,6 @@ def text(question, results) -> str:
         parts += ["\nWhat alpha is, at the peak", *(_gap(result) for result in results if result.prediction)]
     parts += [f"{result.method.name}: {note}" for result in results for note in result.notes]
     return "\n".join(parts)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        file.write(content)
-    os.chmod(file.name, 0o644)  # a temporary file is private, a result is not
-    os.replace(file.name, path)
 
 
 def picture(question, results):
@@ -160,12 +148,7 @@ def write(question, results, to_csv: Path | None, to_json: Path | None, to_png: 
     found = list(rows(results))
     names = ("method", "source", "phase", *COLUMNS, "allocated", "reserved", "during")
     if to_csv:
-        with tempfile.TemporaryFile("w+", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
-            file.seek(0)
-            _replace(to_csv, file.read().encode())
+        replace_file(to_csv, csv_bytes(names, found))
     if to_json:
         about = {"model": question.architecture.name, "batch": question.batch, "seq": question.seq}
         about |= {"optimizer": question.optimizer, "checkpointing": question.checkpointing, "arch": question.arch}
@@ -175,12 +158,11 @@ def write(question, results, to_csv: Path | None, to_json: Path | None, to_png: 
             "dtype": str(question.options.dtype),
         }
         about |= {"commit": environment.commit(), "torch": environment.version("torch")}
-        _replace(to_json, json.dumps({"question": about, "rows": found}, indent=1).encode() + b"\n")
+        replace_file(to_json, json.dumps({"question": about, "rows": found}, indent=1).encode() + b"\n")
     if to_png:
-        with tempfile.TemporaryFile() as file:
-            picture(question, results).savefig(file, dpi=150, format="png")
-            file.seek(0)
-            _replace(to_png, file.read())
+        image = io.BytesIO()
+        picture(question, results).savefig(image, dpi=150, format="png")
+        replace_file(to_png, image.getvalue())
     for path in (to_csv, to_json, to_png):
         if path:
             print(f"wrote {path}")

@@ -1,6 +1,8 @@
 """The memory predictor: to the byte what a CPU's allocator gives for the same step, kind by kind."""
 
 import functools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from peft_kernels import predict_memory
 from peft_kernels._core.registry import WORKSPACE, planned_arch
 from peft_kernels.memory.replay import library_bytes
 
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # last, so that an installed peft_kernels stays the one that is tested
+
 transformers = pytest.importorskip("transformers", reason="predicts transformers models: pip install transformers")
-benchmarks = pytest.importorskip(
-    "benchmarks.vram_measure", reason="measures with the benchmarks, which are not installed"
-)
+from benchmarks import architectures, vram_measure  # noqa: E402
 
 RNG_BYTES = torch.get_rng_state().nbytes  # a checkpoint keeps the CPU's random state, which no operator makes
 
@@ -28,19 +32,11 @@ def llama(dtype: torch.dtype = torch.float32, layers: int = 4) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def smollm2() -> nn.Module:
-    config = transformers.LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, vocab_size=49152,
-        num_key_value_heads=3, use_cache=False, tie_word_embeddings=True,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+def named(name: str) -> nn.Module:
+    return architectures.find(name).build(torch.float32)
 
 
-def minilm() -> nn.Module:
-    config = transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-    return transformers.AutoModelForSequenceClassification.from_config(config)
+smollm2, minilm = functools.partial(named, "smollm2-135m"), functools.partial(named, "minilm-l6")
 
 
 def lora(build, **settings) -> nn.Module:
@@ -86,7 +82,7 @@ def test_is_what_the_cpu_allocates(name):
     predicted = predict_memory(build, batch, optimizer=optimizer, arch=None).replay
     model = build().train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    phases, saved = benchmarks.step(model, batch, optimizer(trained))
+    phases, saved = vram_measure.step(model, batch, optimizer(trained))
     assert predicted.saved + checkpoints * RNG_BYTES == saved
     for phase, measured in phases.items():
         found = predicted.phases[phase]

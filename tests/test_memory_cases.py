@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from test_memory import Toy, benchmarks, foreach, tokens, transformers
+from test_memory import Toy, foreach, tokens, transformers, vram_measure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,7 +58,7 @@ def test_a_window_that_the_sequence_exceeds_needs_its_mask():
     for length in (8, 64):
         predicted = predict_memory(build, tokens(1, length), optimizer=foreach, arch=None).replay
         model = build().train()
-        phases, saved = benchmarks.step(model, tokens(1, length), foreach(model.parameters()))
+        phases, saved = vram_measure.step(model, tokens(1, length), foreach(model.parameters()))
         assert predicted.saved == saved
         assert predicted.phases["forward"].allocated == phases["forward"].allocated
 

@@ -1,9 +1,8 @@
 """predict_memory: a real training step of a real model on tensors that have no memory, and what it would hold where."""
 
-import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,7 +105,7 @@ def _record(
                 del value
                 recorder.phase, recorder.in_head = "step", False
                 optimizer.step()
-                recorder.hold(_states(optimizer), "optimizer")
+                recorder.hold(optimizer_states(optimizer), "optimizer")
                 optimizer.zero_grad()
                 gc.collect()
     finally:
@@ -145,7 +144,7 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def optimizer_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
@@ -187,7 +186,7 @@ def predict_memory(
     if not trainable:
         raise ValueError("build: no parameter of the model requires grad, so that there is no training step")
     attention = unpadded(model) if batch.get("attention_mask") is None else nullcontext()
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for context in (fake, attention, *(() if arch is None else (planned_for(arch), as_on_gpu()))):
             stack.enter_context(context)
         try:

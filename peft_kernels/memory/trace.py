@@ -24,8 +24,6 @@ class Piece:
     """
 
     nbytes: int
-    phase: str
-    made_by: str
     kind: str = ""  # empty until it is known, which may be later
     inside: bool = False  # of a call, not made by it
 
@@ -90,7 +88,7 @@ class Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         if nbytes == 0:
             return None
-        piece = Piece(nbytes, self.phase, self._during, "logits" if self.in_head else "")
+        piece = Piece(nbytes, "logits" if self.in_head else "")
         self._live[id(storage)] = piece
         self.trace.events.append(Event(piece, self.phase, False, self._during))
         weakref.finalize(storage, self._died, id(storage)).atexit = False
@@ -102,7 +100,7 @@ class Recorder(TorchDispatchMode):
     def _inside(self, nbytes: int) -> None:
         if nbytes == 0:
             return
-        piece = Piece(nbytes, self.phase, self._during, "temporaries", True)
+        piece = Piece(nbytes, "temporaries", True)
         self.trace.events += (Event(piece, self.phase, freed, self._during) for freed in (False, True))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
