@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._core.registry import planned_for
 from .as_on_gpu import as_on_gpu
-from .replay import Replay, replay
+from .replay import Replay, check_arch, replay
 from .trace import Recorder, Trace
 from .unpadded import unpadded
 
@@ -175,9 +175,10 @@ def predict_memory(
             libraries'; None for a CPU.
 
     Raises:
-        ValueError: nothing in the model requires grad; the loss is not one number.
+        ValueError: arch is no compute capability; nothing in the model requires grad; the loss is not one number.
         RuntimeError: the model's code reads values, which fake tensors do not have.
     """
+    check_arch(arch)
     fake = _fake_mode()
     with fake:
         model = build()

@@ -62,6 +62,11 @@ class _Exact:
         self.allocated -= block.size
 
 
+def check_arch(arch: int | None) -> None:
+    if arch is not None and not (isinstance(arch, int) and 70 <= arch < 130):
+        raise ValueError(f"arch is {arch!r}; expected a compute capability such as 90 for 9.0, or None for a CPU")
+
+
 def _note(worst: dict[str, Moment], phase: str, moment: Moment) -> None:
     if phase not in worst or moment.allocated > worst[phase].allocated:
         worst[phase] = moment
@@ -76,8 +81,7 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
     """
     if arch is None and capacity is not None:
         raise ValueError(f"capacity is {capacity}, but arch is None: a CPU's memory has no limit here")
-    if arch is not None and not (isinstance(arch, int) and 70 <= arch < 130):
-        raise ValueError(f"arch is {arch!r}; expected a compute capability such as 90 for 9.0, or None for a CPU")
+    check_arch(arch)
     allocator = _Exact() if arch is None else CachingAllocator(capacity)
     blocks: dict[Piece, Block] = {}
     saved, before = 0, ""
