@@ -46,6 +46,7 @@ class Method:
     adapt: Callable[[nn.Module, Options], nn.Module] | None = None
     comes_with: str = ""  # the primitive that `adapt` waits for
     missing: str = ""  # why it cannot run here: what to install
+    unpredicted: str = ""  # why its step runs on real tensors only, and has no prediction
 
 
 def by_formula(trained: int, weights: float, width: int) -> Estimate:
