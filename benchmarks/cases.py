@@ -1,13 +1,14 @@
 """The table of cases: which shapes of which primitive are measured where, and how one case becomes rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import lora_linear, lora_memory, measure
+from .held import memory
 from .lora_linear import LoRACase
-from .measure import Contender, Effort
+from .measure import PARTS, Contender, Effort, Timing
 from .memory_methods import Method
 from .rows import Row, make_row
 
@@ -22,15 +23,17 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Primitive:
-    """`contenders(case, device)` binds every way to compute a case; `suites` names lists of cases; `methods` are the
-    rows that it brings to the memory tables.
+    """`contenders(case, device, seed)` binds every way to compute a case; `suites` names lists of cases; `methods` are
+    the rows that it brings to the memory tables.
 
     Suites: "gpu" (what `make gpu` measures), "tiny" (its rehearsal on any CPU), "cpu" (the README's table), "speed"
     (pytest-benchmark).
     """
 
-    contenders: Callable[[LoRACase, str], list[Contender]]
+    contenders: Callable[[LoRACase, str, int], list[Contender]]
     suites: dict[str, Sequence[LoRACase]]
+    of_layers: Callable[..., list[LoRACase]]
+    """(a model's linear layers as (in, out) features, M, R, dtype, dropout) -> cases."""
     methods: tuple[Method, ...] = ()
     work: Callable[[dict[str, float], str, bool], tuple[float, float]] | None = None
     """(sizes of a case, dtype's name, whether of the floor) -> bytes that must move and FLOPs, for the roofline."""
@@ -65,6 +68,7 @@ PRIMITIVES = {
             "cpu": _lora_cpu(),
             "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
         },
+        lora_linear.of_layers,
         lora_memory.METHODS,
         lora_linear.work,
     )
@@ -78,7 +82,7 @@ def quick(cases: Sequence[LoRACase]) -> list[LoRACase]:
     return smaller or [replace(case, M=min(256, case.M)) for case in cases]
 
 
-def _status(contender: Contender, errors: dict[str, float]) -> str:
+def _status(errors: dict[str, float]) -> str:
     wrong = {name: error for name, error in errors.items() if not error <= 1}
     if not wrong:
         return "ok"
@@ -98,65 +102,105 @@ class Result:
     contender: Contender
     status: str = "ok"
     error: float | None = None
-    peak: int | None = None
+    peak: int | None = None  # of forward and backward together
     saved: int | None = None
 
 
 def _examine(contender: Contender, device: str) -> Result:
-    """Values first: nothing is timed whose values are wrong."""
+    """Values first, then what a step leaves behind: nothing is timed that is wrong or leaks."""
     if contender.missing:
         return Result(contender, contender.missing)
     try:
         errors = contender.check() if contender.check else {}
-        result = Result(contender, _status(contender, errors), max(errors.values(), default=None))
+        result = Result(contender, _status(errors), max(errors.values(), default=None))
         if result.status == "ok":
-            result.peak = measure.memory(contender.step, device).peak
+            held = memory(contender, "both", device)
+            result.peak, result.status = held.peak, f"leaks {held.left} bytes a step" if held.left > 0 else "ok"
             result.saved = contender.saved() if contender.saved else None
     except FAILURES as error:
         return Result(contender, _failure(error))
     return result
 
 
-def _graphs(results: Sequence[Result], effort: Effort) -> tuple[dict[str, measure.Timing], dict[str, str]]:
-    """Timings under CUDA graphs, and why a contender has none."""
-    graphs, failed = {}, {}
-    for result in results:
+@dataclass
+class _Timed:
+    """One part of a case, timed in one way; `failed`: why a contender that is sound has no times."""
+
+    part: str
+    timing: str
+    times: Mapping[str, Timing]
+    failed: dict[str, str]
+    peaks: Mapping[str, int | None]
+
+
+def _attempt(contenders: Sequence[Contender], start: Callable[[Contender], object]) -> tuple[dict, dict[str, str]]:
+    """start(contender) of each by name, and why some could not."""
+    started, failed = {}, {}
+    for contender in contenders:
         try:
-            graphs[result.contender.name] = measure.capture(result.contender), result.contender.sets
+            started[contender.name] = start(contender)
         except FAILURES as error:
-            failed[result.contender.name] = _failure(error)
-    return measure.time_graphs(graphs, effort), failed
+            failed[contender.name] = _failure(error)
+    return started, failed
 
 
-def _case_rows(primitive, case, results, timing, timings, failed, env) -> Iterator[Row]:
+def _time_part(results: Sequence[Result], part: str, device: str, effort: Effort, graphs: bool) -> Iterator[_Timed]:
+    """ "wall" on a CPU; on a GPU "eager" and "graph"."""
+    sound = [one.contender for one in results if one.status == "ok" and (part == "both" or one.contender.forward)]
+    if part == "both":
+        peaks = {result.contender.name: result.peak for result in results}
+    else:
+        peaks, _ = _attempt(sound, lambda contender: memory(contender, part, device).peak)
+    steps, failed = _attempt(sound, lambda contender: contender.begin(part))
+    if device != "cuda":
+        yield _Timed(part, "wall", measure.time_cpu(steps, effort), failed, peaks)
+        return
+    yield _Timed(part, "eager", measure.time_cuda(steps, effort), failed, peaks)
+    del steps  # a backward's steps hold what its forwards saved
+    if graphs:
+        captured, failed = _attempt(sound, lambda contender: measure.capture(contender, part))
+        yield _Timed(part, "graph", measure.time_graphs(captured, effort), failed, peaks)
+
+
+def _times(timed: _Timed, contender: Contender, floor: str) -> dict[str, object]:
+    """A contender's columns of times and ratios."""
+    times, name = timed.times, contender.name
+    if name not in times:
+        return {}
+    mine = times[name]
+    values = {"samples": len(mine.samples), "ms_p50": mine.median}
+    values |= {"ms_p20": mine.percentile(20), "ms_p80": mine.percentile(80)}
+    if floor in times:
+        over = measure.ratio(mine, times[floor])
+        values |= {"ratio_floor": over.median, "ratio_floor_low": over.low, "ratio_floor_high": over.high}
+    if contender.rival in times:
+        over = measure.ratio(times[contender.rival], mine)
+        values |= {"ours_over_this": over.median}
+        values |= {"ours_over_this_low": over.low, "ours_over_this_high": over.high}
+    return values
+
+
+def _case_rows(primitive: str, case, results: Sequence[Result], timed: _Timed, where: dict[str, str]) -> Iterator[Row]:
     floor = next((r.contender.name for r in results if r.contender.role == "floor"), "")
     for result in results:
-        name, rival = result.contender.name, result.contender.rival
-        values = {"status": failed.get(name, result.status)}
-        if name in timings:
-            mine = timings[name]
-            values |= {"samples": len(mine.samples), "ms_p50": mine.median}
-            values |= {"ms_p20": mine.percentile(20), "ms_p80": mine.percentile(80)}
-            if floor in timings:
-                over = measure.ratio(mine, timings[floor])
-                values |= {"ratio_floor": over.median, "ratio_floor_low": over.low, "ratio_floor_high": over.high}
-            if rival in timings:
-                over = measure.ratio(timings[rival], mine)
-                values |= {"ours_over_this": over.median}
-                values |= {"ours_over_this_low": over.low, "ours_over_this_high": over.high}
+        contender = result.contender
+        if result.status == "ok" and timed.part != "both" and contender.forward is None:
+            continue  # it cannot be taken apart
         yield make_row(
             primitive=primitive,
             case=case.label,
             dtype=str(case.dtype).removeprefix("torch."),
-            contender=name,
-            timing=timing,
-            role=result.contender.role,
-            implementation=result.contender.implementation,
-            peak_bytes=result.peak,
+            contender=contender.name,
+            part=timed.part,
+            timing=timed.timing,
+            role=contender.role,
+            implementation=contender.implementation,
+            status=timed.failed.get(contender.name, result.status),
+            peak_bytes=timed.peaks.get(contender.name),
             saved_bytes=result.saved,
             error_over_bound=result.error,
-            **values,
-            **env,
+            **_times(timed, contender, floor),
+            **where,
         )
 
 
@@ -168,24 +212,23 @@ def run_case(
     effort: Effort | None = None,
     contenders: Sequence[Contender] | None = None,
     graphs: bool = True,
+    parts: Sequence[str] = PARTS[:1],
+    seed: int = 0,
 ) -> list[Row]:
     """Check, then time every contender of one case in this process.
 
-    One row per contender and way of timing: "wall" on the CPU; "eager" and "graph" on CUDA. A contender that is not
-    installed, fails or computes wrong values has a row whose status says so and no times. `contenders` replaces the
-    primitive's own. Without `graphs` "eager" is all that is timed on CUDA.
+    One row per contender, part and way of timing: "wall" on the CPU; "eager" and "graph" on CUDA. A contender that is
+    not installed, fails, leaks or computes wrong values has a row whose status says so and no times. `contenders`
+    replaces the primitive's own. Without `graphs` "eager" is all that is timed on CUDA. A part alone gets a quarter of
+    the effort's seconds.
     """
     effort = effort or Effort()
     if contenders is None:
-        contenders = PRIMITIVES[primitive].contenders(case, device)
+        contenders = PRIMITIVES[primitive].contenders(case, device, seed)
     results = [_examine(contender, device) for contender in contenders]
-    sound = [result for result in results if result.status == "ok"]
-    if device != "cuda":
-        timings = measure.time_cpu([result.contender for result in sound], effort)
-        return list(_case_rows(primitive, case, results, "wall", timings, {}, env))
-    timings = measure.time_cuda([result.contender for result in sound], effort)
-    rows = list(_case_rows(primitive, case, results, "eager", timings, {}, env))
-    if not graphs:
-        return rows
-    timings, failed = _graphs(sound, effort)
-    return rows + list(_case_rows(primitive, case, results, "graph", timings, failed, env))
+    rows, where = [], env | {"seed": str(seed)}
+    for part in parts:
+        spent = effort if part == "both" else replace(effort, seconds=effort.seconds / 4)
+        for timed in _time_part(results, part, device, spent, graphs):
+            rows += _case_rows(primitive, case, results, timed, where)
+    return rows

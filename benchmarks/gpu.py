@@ -66,7 +66,7 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    names = ("aot", "mutation", "demo", "benchmarks", "memory*", "vram", "plot", "step")
+    names = ("aot", "mutation", "demo", "benchmarks", "throughput", "memory*", "vram", "plot", "step")
     apart = tuple(f"--ignore-glob=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]
@@ -84,8 +84,8 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
             command = (_PY, "-m", "benchmarks.tune", primitive, "--out", str(tuned), *("--quick",) * quick)
             found.append(Step(f"tune {primitive}", command, 200, stops=()))
             env = {"PEFT_KERNELS_CONFIGS": str(tuned)}
-        suite = "gpu" if device == "cuda" else "tiny"
-        command = (_PY, "-m", "benchmarks.suite", primitive, "--suite", suite, *where)
+        shapes = ("--suite", "gpu", "--model", "llama-3-8b") if device == "cuda" else ("--suite", "tiny")
+        command = (_PY, "-m", "benchmarks.throughput", primitive, *shapes, *where)
         command += ("--csv", str(work / f"{primitive}.csv"), *flags)
         found.append(Step(f"measure {primitive}", command, 300, stops=(), env=env))
     sizes = () if device == "cuda" else ("--model", "smollm2-135m", "--layers", "1", "--seq", "16", "--rounds", "2")
@@ -113,9 +113,8 @@ def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Pat
 def _report(device: str, work: Path, only: Sequence[str], source: str, outcomes: Sequence[Outcome]) -> str:
     parts = [environment.describe(device), summary.ceilings(work / "ceilings.json")]
     for primitive in only:
-        path = work / f"{primitive}.csv"
-        parts += [f"\n{primitive}: time over the floor, forward and backward\n", summary.table(path, source)]
-        parts += summary.problems(path, source)
+        found = [row for row in rows.read(work / f"{primitive}.csv") if row["source"] == source]
+        parts += [f"\n{primitive}: time over the floor\n", summary.table(found), *summary.problems(found)]
     lines = [(one.name, one.status, f"{one.seconds:.0f} s", one.note) for one in outcomes]
     return "\n".join([*parts, "", rows.markdown(("step", "status", "took", ""), lines)])
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -17,8 +17,9 @@ from peft_kernels.kernels.lora_linear import configs
 from peft_kernels.kernels.lora_linear.op import general_because
 
 from .environment import version
-from .lora_linear_check import SCALING, Build, Inputs, Layer, LoRACase, make_inputs, step, value_errors
-from .measure import Contender, input_sets, saved_bytes
+from .held import saved_bytes
+from .lora_linear_check import SCALING, Build, Inputs, Layer, LoRACase, forward, make_inputs, step, value_errors
+from .measure import Contender, input_sets
 
 _OURS = "peft_kernels"
 _OURS_FP32 = "peft_kernels, fp32 adapters"
@@ -177,9 +178,14 @@ def work(sizes: dict[str, float], dtype: str, floor: bool) -> tuple[float, float
     return sum(one["bytes"] for one in parts), sum(one["flops"] for one in parts)
 
 
-def contenders(case: LoRACase, device: str) -> list[Contender]:
-    """Every contender of the case, bound to rotating input sets that all of them share."""
-    sets = [make_inputs(case, device, seed) for seed in range(input_sets(case.set_bytes, device))]
+def of_layers(layers: Iterable[tuple[int, int]], M: int, R: int, dtype: torch.dtype, dropout: float) -> list[LoRACase]:
+    """The cases of a model's linear layers, each given as its (in, out) features."""
+    return [LoRACase(M, N, K, R, dtype, dropout) for K, N in layers]
+
+
+def contenders(case: LoRACase, device: str, seed: int = 0) -> list[Contender]:
+    """Every contender of the case, bound to rotating input sets that all of them share, drawn from `seed` on."""
+    sets = [make_inputs(case, device, seed + i) for i in range(input_sets(case.set_bytes, device))]
     found = []
     for name, role, implementation, rival, build in _field(case, device):
         contender = Contender(name, role, sets=len(sets), implementation=implementation, rival=rival)
@@ -190,6 +196,7 @@ def contenders(case: LoRACase, device: str) -> list[Contender]:
         layers = [build(case, inputs) for inputs in sets]
         contender.step = lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)])
         contender.check = lambda layers=layers: value_errors(case, sets[0], layers[0])
-        if not name.endswith("compile"):  # a compiled graph keeps tensors that no hook sees
+        if not name.endswith("compile"):  # its graph keeps tensors that no hook sees, and frees them in its backward
             contender.saved = lambda build=build: layer_saved_bytes(case, sets[0], build)
+            contender.forward = lambda i, layers=layers: forward(layers[i % len(sets)], sets[i % len(sets)])
     return found

@@ -86,6 +86,18 @@ def make_inputs(case: LoRACase, device: str, seed: int = 0) -> Inputs:
     )
 
 
+def forward(layer: Layer, inputs: Inputs) -> Callable[[bool], tuple[Tensor, ...]]:
+    """Forward alone; calling what it returns makes every gradient, and keeps what is saved if it is told to."""
+    with layer.within():
+        y = layer.forward(inputs.x)
+
+    def backward(keep: bool) -> tuple[Tensor, ...]:
+        with layer.within():
+            return torch.autograd.grad(y, (inputs.x, *layer.trained), inputs.dy, retain_graph=keep)
+
+    return backward
+
+
 def step(layer: Layer, inputs: Inputs) -> tuple[Tensor, ...]:
     """Forward and every gradient: y, dx and, but for the floor, the adapters'."""
     with layer.within():

@@ -1,11 +1,10 @@
-"""Honest timing and memory: contenders alternate in one process, on rotating inputs, and ratios are paired by round."""
+"""Honest timing: contenders alternate in one process, on rotating inputs, and ratios are paired by round."""
 
 import gc
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,12 @@ import torch
 from .environment import last_level_cache
 
 Step = Callable[[int], object]
-"""Runs one forward and backward on input set i (i is taken modulo the number of sets)."""
+"""Runs one forward and backward, or a part of them, on input set i (i is taken modulo the number of sets)."""
+
+Backward = Callable[[bool], object]
+"""The backward of a forward that has run; told whether to keep what it uses, so that it can run again."""
+
+PARTS = ("both", "forward", "backward")
 
 _BATCH_MS = 2.0  # an event pair has about 1 us of resolution and the clock of a launch gap: time at least this much
 _MAX_BATCH = 64
@@ -35,13 +39,22 @@ class Contender:
 
     name: str
     role: str  # "floor", "ours" or "peer"
-    step: Step | None = None
+    step: Step | None = None  # both, forward and backward
+    forward: Callable[[int], Backward] | None = None  # where the two can be timed apart
     sets: int = 1
     implementation: str = ""
     rival: str = ""  # the name of ours that this peer is set beside
     check: Callable[[], dict[str, float]] | None = None
     saved: Callable[[], int] | None = None
     missing: str = ""
+
+    def begin(self, part: str) -> Step:
+        """A part's step. For the backward every input set's forward runs here, on the current stream, and what it saved
+        is kept as long as the step is."""
+        if part != "backward":
+            return self.step if part == "both" else self.forward
+        kept = [self.forward(i) for i in range(self.sets)]
+        return lambda i: kept[i % self.sets](True)
 
 
 @dataclass
@@ -91,25 +104,26 @@ def _rounds(effort: Effort):
         yield i
 
 
-def time_cpu(contenders: Sequence[Contender], effort: Effort) -> dict[str, Timing]:
+def time_cpu(steps: Mapping[str, Step], effort: Effort) -> dict[str, Timing]:
     """Wall milliseconds of each contender's step, A-B-A-B, after two warm-up rounds; garbage collection is off.
 
     Every call takes the next set of inputs and every round starts with the next contender: none of them always goes
     first, and none finds in the cache what the one before it has just read.
     """
     for i in range(2):
-        for contender in contenders:
-            contender.step(i)
-    timings = {contender.name: Timing() for contender in contenders}
+        for step in steps.values():
+            step(i)
+    timings = {name: Timing() for name in steps}
+    order = list(steps.items())
     gc.collect()
     gc.disable()
     try:
         for i in _rounds(effort):
-            first = i % max(1, len(contenders))
-            for j, contender in enumerate((*contenders[first:], *contenders[:first])):
+            first = i % max(1, len(order))
+            for j, (name, step) in enumerate((*order[first:], *order[:first])):
                 begin = time.perf_counter()
-                contender.step(i * len(contenders) + j)
-                timings[contender.name].samples.append((time.perf_counter() - begin) * 1e3)
+                step(i * len(order) + j)
+                timings[name].samples.append((time.perf_counter() - begin) * 1e3)
     finally:
         gc.enable()
     return timings
@@ -146,88 +160,43 @@ def _time_batches(runs: dict[str, tuple[Callable[[int], object], int]], effort: 
     }
 
 
-def time_cuda(contenders: Sequence[Contender], effort: Effort) -> dict[str, Timing]:
+def time_cuda(steps: Mapping[str, Step], effort: Effort) -> dict[str, Timing]:
     """Device milliseconds per step with each step launched from Python: launch gaps count, as they do for a user."""
     for i in range(3):
-        for contender in contenders:
-            contender.step(i)
-    return _time_batches({contender.name: (contender.step, 1) for contender in contenders}, effort)
+        for step in steps.values():
+            step(i)
+    return _time_batches({name: (step, 1) for name, step in steps.items()}, effort)
 
 
-def capture(contender: Contender) -> torch.cuda.CUDAGraph:
-    """One pass over all input sets of a contender as a CUDA graph."""
+@dataclass(frozen=True)
+class Captured:
+    """One pass over all input sets of a contender as a CUDA graph, and the step, whose tensors the graph reads."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Step
+    sets: int
+
+
+def capture(contender: Contender, part: str) -> Captured:
+    """Warmed up and captured on one stream of its own: autograd runs a backward on the stream of its forward."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        step = contender.begin(part)
         for i in range(3):
-            contender.step(i)
+            step(i)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for i in range(contender.sets):
-            contender.step(i)
-    return graph
+            step(i)
+    return Captured(graph, step, contender.sets)
 
 
-def time_graphs(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], effort: Effort) -> dict[str, Timing]:
-    """Device milliseconds per step of captured graphs, each given with the steps it holds: no launch gaps."""
+def time_graphs(graphs: Mapping[str, Captured], effort: Effort) -> dict[str, Timing]:
+    """Device milliseconds per step of captured graphs: no launch gaps."""
 
     def replay(graph: torch.cuda.CUDAGraph) -> Callable[[int], object]:
         return lambda _: graph.replay()
 
-    return _time_batches({name: (replay(graph), steps) for name, (graph, steps) in graphs.items()}, effort)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes over what was allocated before an action: the most during it, and what it leaves."""
-
-    peak: int
-    left: int
-
-
-def memory(step: Step, device: str) -> Memory:
-    """Memory of one step after a warm-up step; its result is dropped."""
-    step(0)
-    gc.collect()
-    return held_by(lambda: step(0), device)
-
-
-def held_by(action: Callable[[], object], device: str) -> Memory:
-    """Memory of what `action` does, from the device's own allocator."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        action()
-        torch.cuda.synchronize()
-        return Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler first starts: it logs to stderr otherwise
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
-        action()
-    # The CPU allocator keeps no peak: replay its trace. nbytes is negative where memory is freed.
-    trace = [
-        (event.start_ns(), event.nbytes()) for event in profile.kineto_results.events() if event.name() == "[memory]"
-    ]
-    held = peak = 0
-    for _, nbytes in sorted(trace, key=lambda entry: entry[0]):
-        held += nbytes
-        peak = max(peak, held)
-    return Memory(peak, held)
-
-
-def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> int:
-    """Bytes that `forward` keeps for its backward, each storage once; parameters are there anyway and do not count."""
-    ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # held by the graph, so no address is used twice while it is counted
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()
-    del out
-    return sum(kept.values())
+    return _time_batches({name: (replay(one.graph), one.sets) for name, one in graphs.items()}, effort)

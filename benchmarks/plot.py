@@ -103,7 +103,8 @@ def draw(folder: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, primitive in PRIMITIVES.items():
-        found = [row for row in rows.read(folder / f"{name}.csv") if row["timing"] in _TIMINGS]
+        every = rows.read(folder / f"{name}.csv")
+        found = [row for row in every if row["timing"] in _TIMINGS and row["part"] == "both"]
         pictures = {"over_floor": over_floor(found)}
         ceilings = folder / "ceilings.json"
         if ceilings.exists() and primitive.work:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-KEY = ("primitive", "case", "dtype", "contender", "timing", "device", "threads")
-"""What makes a row one: a new measurement replaces the row with the same key."""
+KEY = ("primitive", "case", "dtype", "contender", "part", "timing", "device", "threads")
+"""What makes a row one: a new measurement replaces the row with the same key. part: forward, backward, or both."""
 
 MEASURED = (
     "role",  # floor, ours or peer
@@ -26,14 +26,17 @@ MEASURED = (
     "ours_over_this",  # median over the rounds of ours / this: below 1 is where ours is faster
     "ours_over_this_low",
     "ours_over_this_high",
-    "peak_bytes",  # most allocated during one forward and backward, minus what was allocated before
+    "peak_bytes",  # most allocated during the part, minus what was allocated before it
     "saved_bytes",  # kept between forward and backward, parameters not counted
     "error_over_bound",  # worst |value - fp64 truth| / derived bound over sampled outputs and gradients
 )
 
-WHERE = ("driver", "cuda", "isa", "python", "torch", "triton", "peft", "commit", "source", "date")
+WHERE = ("driver", "cuda", "isa", "python", "torch", "triton", "peft", "commit", "source", "seed", "date")
 
 COLUMNS = KEY + MEASURED + WHERE
+
+EARLIER = {"part": "both", "seed": "0"}
+"""Columns that the first result files do not have, and what was true of their rows."""
 
 Row = dict[str, str]
 
@@ -66,15 +69,21 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        names = set(reader.fieldnames or ())
+        if not set(COLUMNS) - set(EARLIER) <= names <= set(COLUMNS):
             raise ValueError(f"{path} has columns {reader.fieldnames}; expected {list(COLUMNS)}")
-        return list(reader)
+        return [{name: row.get(name, EARLIER.get(name, "")) for name in COLUMNS} for row in reader]
+
+
+def merge(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """All of them, sorted; of rows with the same key the later."""
+    merged = {tuple(row[name] for name in KEY): row for row in [*before, *rows]}
+    return [merged[key] for key in sorted(merged)]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Merge `rows` into the file at `path`: same key replaces, others stay, sorted; the file is never half-written."""
-    merged = {tuple(row[name] for name in KEY): row for row in [*read(path), *rows]}
-    replace_file(path, csv_bytes(COLUMNS, (merged[key] for key in sorted(merged))))
+    replace_file(path, csv_bytes(COLUMNS, merge(read(path), rows)))
 
 
 def csv_bytes(columns: Sequence[str], lines: Iterable[dict]) -> bytes:

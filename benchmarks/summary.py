@@ -1,24 +1,25 @@
-"""The short table that `make gpu` prints last: every case over its floor, by contender, for one version."""
+"""The short table of measured rows: every case over its floor, by contender; and what went wrong, in words."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import rows
+from .measure import PARTS
 from .rows import Row
 
 _MIB = 2**20
 
 
-def _cases(found: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
-    """(case, dtype, timing) -> contender -> row, in the order measured sizes grow."""
-    grouped: dict[tuple[str, str, str], dict[str, Row]] = {}
+def _cases(found: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
+    """(case, dtype, timing, part) -> contender -> row, in the order measured sizes grow."""
+    grouped: dict[tuple[str, str, str, str], dict[str, Row]] = {}
     for row in found:
-        grouped.setdefault((row["case"], row["dtype"], row["timing"]), {})[row["contender"]] = row
+        grouped.setdefault((row["case"], row["dtype"], row["timing"], row["part"]), {})[row["contender"]] = row
 
-    def order(key: tuple[str, str, str]) -> tuple:
+    def order(key: tuple[str, str, str, str]) -> tuple:
         sizes = [float(word.split("=")[1]) for word in key[0].split()]
-        return key[2], sizes[1:4], sizes[0], sizes[4:], key[1]
+        return key[2], sizes[1:4], sizes[0], sizes[4:], key[1], PARTS.index(key[3])
 
     return {key: grouped[key] for key in sorted(grouped, key=order)}
 
@@ -29,32 +30,31 @@ def _cell(row: Row | None) -> str:
     return f"{float(row['ratio_floor']):.3f}" if row["ratio_floor"] else row["status"].split(":")[0]
 
 
-def _peaks(by: dict[str, Row], ours: str, peer: str) -> str:
-    held = [by[name]["peak_bytes"] if name in by else "" for name in (ours, peer)]
-    return " / ".join(f"{int(text) / _MIB:.0f}" if text else "-" for text in held)
+def _peaks(by: dict[str, Row]) -> str:
+    """Of the first of ours, and of the first peer that is set beside it."""
+    held = (next((row["peak_bytes"] for row in by.values() if row["role"] == role), "") for role in ("ours", "peer"))
+    return " / ".join(f"{int(text) / _MIB:.3g}" if text else "-" for text in held)
 
 
-def table(path: Path, source: str) -> str:
-    """Ratios to the floor of every contender, and the peak MiB of ours beside PEFT's, for the rows of `source`."""
-    found = [row for row in rows.read(path) if row["source"] == source]
+def table(found: Sequence[Row]) -> str:
+    """Ratios to the floor of every contender, and the peak MiB of ours beside the first peer's."""
     if not found:
-        return f"no rows of these sources in {path.name}"
+        return "no rows"
     names = list(dict.fromkeys(row["contender"] for row in found if row["role"] != "floor"))
     names.sort(key=lambda name: (not name.startswith("peft_kernels"), name))
     lines = []
-    for (case, dtype, timing), by in _cases(found).items():
+    for (case, dtype, timing, part), by in _cases(found).items():
         floor = next((row for row in by.values() if row["role"] == "floor"), None)
         time = f"{float(floor['ms_p50']):.4g}" if floor and floor["ms_p50"] else "-"
-        lines.append(
-            (case, dtype, timing, time, *(_cell(by.get(name)) for name in names), _peaks(by, "peft_kernels", "PEFT"))
-        )
-    return rows.markdown(("case", "dtype", "timing", "floor ms", *names, "peak MiB ours/PEFT"), lines)
+        lines.append((case, dtype, timing, part, time, *(_cell(by.get(name)) for name in names), _peaks(by)))
+    return rows.markdown(("case", "dtype", "timing", "part", "floor ms", *names, "peak MiB ours/peer"), lines)
 
 
-def problems(path: Path, source: str) -> list[str]:
-    """Every row that is not "ok", in words."""
-    found = [row for row in rows.read(path) if row["source"] == source and row["status"] != "ok"]
-    return [f"{row['dtype']} {row['case']} {row['timing']} {row['contender']}: {row['status']}" for row in found]
+def problems(found: Sequence[Row]) -> list[str]:
+    """Every row that is not "ok", in words; of one contender's parts once."""
+    bad = [row for row in found if row["status"] != "ok"]
+    lines = (f"{row['dtype']} {row['case']} {row['timing']} {row['contender']}: {row['status']}" for row in bad)
+    return list(dict.fromkeys(lines))
 
 
 def ceilings(path: Path) -> str:

@@ -1,33 +1,39 @@
-"""The LoRA linear's speed cases for pytest-benchmark: `pytest benchmarks/test_speed.py`, or a smoke test with
-`--benchmark-disable`. The paired ratios that are published come from `lora_linear_cpu` and `gpu`."""
+"""Every primitive's speed cases for pytest-benchmark: `pytest benchmarks/test_speed.py`, or a smoke test with
+`--benchmark-disable`. Published ratios are paired by round and come from `throughput.py` and `gpu.py`."""
+
+import functools
 
 import pytest
 import torch
 
 from benchmarks.cases import PRIMITIVES
-from benchmarks.measure import Contender
+from benchmarks.measure import PARTS, Contender
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = PRIMITIVES["lora_linear"].suites["speed"]
+CASES = [(name, case) for name, primitive in PRIMITIVES.items() for case in primitive.suites["speed"]]
 
 
-def _contender(case, name: str) -> Contender:
-    found = {one.name: one for one in PRIMITIVES["lora_linear"].contenders(case, DEVICE)}
-    return found[name]
+@functools.lru_cache(maxsize=1)
+def _contenders(primitive: str, case) -> list[Contender]:
+    return PRIMITIVES[primitive].contenders(case, DEVICE, 0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{str(case.dtype)[6:]}-M{case.M}-r{case.R}")
-@pytest.mark.parametrize("name", ["frozen linear", "peft_kernels", "PEFT"])
-def test_forward_and_backward(benchmark, case, name):
-    contender = _contender(case, name)
+@pytest.mark.parametrize(
+    ("primitive", "case"), CASES, ids=[f"{name}-{str(case.dtype)[6:]}-{case.label}" for name, case in CASES]
+)
+@pytest.mark.parametrize("role", ["floor", "ours", "peer"])
+@pytest.mark.parametrize("part", PARTS)
+def test_speed(benchmark, primitive, case, role, part):
+    contender = next(one for one in _contenders(primitive, case) if one.role == role)
     if contender.missing:
         pytest.skip(contender.missing)
     errors = contender.check()
     assert all(error <= 1 for error in errors.values()), errors
-    benchmark.group = f"{case.label} {case.dtype}"
+    benchmark.group = f"{primitive} {case.label} {case.dtype} {part}"
+    timed = contender.begin(part)
 
     def step() -> None:
-        contender.step(0)
+        timed(0)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 

@@ -10,7 +10,7 @@ from peft_kernels.memory.predict import default_loss, optimizer_states, without_
 from peft_kernels.memory.replay import Moment, Replay
 
 from .footprint import storage_bytes
-from .measure import held_by
+from .held import held_by
 from .memory_methods import OPTIMIZERS, Method
 
 

@@ -1,4 +1,4 @@
-"""The harness is measured too: planted slow, wrong, leaking and missing contenders, rows, tuning, the step runner."""
+"""What benchmarks stand on: statistics, result files, tuning, the runner of steps."""
 
 import json
 import math
@@ -14,114 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last, so that an installed peft_kernels stays the one that is tested
 
-from benchmarks import cases, environment, lora_linear, measure, rows, steps, suite, summary, tune  # noqa: E402
-from benchmarks.lora_linear_check import LoRACase, make_inputs, step, value_errors  # noqa: E402
-from benchmarks.measure import Contender, Effort, Timing  # noqa: E402
+from benchmarks import environment, measure, rows, steps, tune  # noqa: E402
+from benchmarks.lora_linear_check import LoRACase  # noqa: E402
+from benchmarks.measure import Effort, Timing  # noqa: E402
 from peft_kernels.kernels.lora_linear import configs  # noqa: E402
 
-SMALL = LoRACase(24, 40, 32, 4, torch.bfloat16)
-DROPPED = replace(SMALL, dropout=0.25)
 ENV = {"device": "test", "threads": "1", "source": "abc"}
-SHORT = Effort(5, 0.0, 5)
-OURS = "peft_kernels"
-
-
-def _by_name(found) -> dict[str, dict]:
-    return {row["contender"]: row for row in found}
-
-
-def _sleeper(name: str, role: str, seconds: float, **more) -> Contender:
-    return Contender(name, role, lambda i: time.sleep(seconds), **more)
-
-
-# Planted contenders
-
-
-def test_a_slow_contender_is_reported_slow():
-    field = [
-        _sleeper("floor", "floor", 0.002),
-        _sleeper(OURS, "ours", 0.04),
-        _sleeper("peer", "peer", 0.002, rival=OURS),
-    ]
-    by = _by_name(cases.run_case("planted", SMALL, "cpu", ENV, SHORT, field))
-    assert float(by[OURS]["ratio_floor"]) > 2
-    assert float(by["peer"]["ours_over_this"]) > 2
-    assert by["floor"]["ratio_floor"] == "1" and by["floor"]["samples"] == "5"
-
-
-@pytest.mark.parametrize("case", [SMALL, DROPPED], ids=["plain", "dropout"])
-@pytest.mark.parametrize("fault", ["scale", "dropped adapter", "no dlora_a", "nan"])
-def test_wrong_values_are_refused_and_not_timed(case, fault):
-    def build(case, inputs):
-        honest = lora_linear.ours()(case, inputs)
-        a, _ = honest.trained
-        without_a = lora_linear.ours()(case, replace(inputs, lora_a=a.detach()))
-        faulty = {
-            "scale": lambda x: honest.forward(x) * 1.05,
-            "dropped adapter": lambda x: torch.nn.functional.linear(x, inputs.weight) + 0 * honest.forward(x),
-            "no dlora_a": lambda x: without_a.forward(x) + 0 * a.sum(),
-            "nan": lambda x: honest.forward(x) * torch.nan,
-        }
-        return replace(honest, forward=faulty[fault])
-
-    inputs = make_inputs(case, "cpu")
-    layer = build(case, inputs)
-    field = [Contender("bad", "ours", lambda i: step(layer, inputs), check=lambda: value_errors(case, inputs, layer))]
-    (row,) = cases.run_case("planted", case, "cpu", ENV, SHORT, field)
-    assert row["status"].startswith("wrong values: ")
-    assert not row["ms_p50"] and not row["samples"] and not row["ratio_floor"]
-
-
-@pytest.mark.parametrize("case", [SMALL, DROPPED, replace(SMALL, dtype=torch.float32)], ids=["bf16", "dropout", "fp32"])
-def test_every_contender_is_right(case):
-    found = cases.run_case("lora_linear", case, "cpu", ENV, Effort(1, 0.0, 1))
-    assert {row["status"] for row in found if not row["status"].startswith("not installed")} == {"ok"}, found
-    assert all(row["samples"] == "1" for row in found if row["status"] == "ok")
-
-
-def test_a_leak_is_seen():
-    kept = []
-    block = 1 << 20
-
-    def leaking(i: int) -> None:
-        kept.append(torch.empty(block, dtype=torch.uint8))
-
-    clean = measure.memory(lambda i: torch.empty(block, dtype=torch.uint8), "cpu")
-    assert (clean.peak, clean.left) == (block, 0)
-    assert measure.memory(leaking, "cpu").left == block
-
-
-def test_what_is_saved_is_counted_once_and_without_parameters():
-    x = torch.randn(6, 8, requires_grad=True)
-    weight = torch.randn(5, 8, requires_grad=True)
-    assert measure.saved_bytes(lambda: torch.nn.functional.linear(x, weight), [weight]) == x.nbytes
-    assert measure.saved_bytes(lambda: (x * x.exp()) @ weight.t(), [weight]) == 3 * x.nbytes
-    lean = lora_linear.layer_saved_bytes(SMALL, make_inputs(SMALL, "cpu"), lora_linear.ours())
-    assert lean == (SMALL.M * SMALL.K + SMALL.M * SMALL.R) * 2
-    masked = lora_linear.layer_saved_bytes(DROPPED, make_inputs(DROPPED, "cpu"), lora_linear.ours())
-    assert masked == lean + SMALL.M * SMALL.K // 8
-
-
-def test_a_missing_peer_has_a_row_that_says_so(monkeypatch):
-    monkeypatch.setattr(lora_linear, "version", lambda package: "none")
-    by = _by_name(cases.run_case("lora_linear", SMALL, "cpu", ENV, SHORT))
-    assert by["PEFT"]["status"] == "not installed: pip install peft" and not by["PEFT"]["ms_p50"]
-    assert by[OURS]["status"] == "ok" and by[OURS]["ratio_floor"]
-
-
-def test_a_failing_contender_does_not_end_the_run():
-    def fail() -> dict[str, float]:
-        raise RuntimeError("no such kernel")
-
-    def out_of_memory() -> dict[str, float]:
-        raise torch.OutOfMemoryError("tried to allocate")
-
-    field = [_sleeper("floor", "floor", 0.0), _sleeper("bad", "peer", 0.0, check=fail)]
-    field.append(_sleeper("large", "peer", 0.0, check=out_of_memory))
-    by = _by_name(cases.run_case("planted", SMALL, "cpu", ENV, SHORT, field))
-    assert by["bad"]["status"] == "error: RuntimeError: no such kernel"
-    assert by["large"]["status"] == "out of memory"
-    assert by["floor"]["status"] == "ok"
 
 
 # Statistics and rows
@@ -152,6 +50,9 @@ def test_rows_merge_by_key_and_refuse_other_columns(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["planted.csv"]
     with pytest.raises(KeyError, match="no such column: speed"):
         rows.make_row(speed=1)
+    early = {name: value for name, value in one.items() if name not in rows.EARLIER}
+    path.write_bytes(rows.csv_bytes(tuple(early), [early]))
+    assert rows.read(path) == [one | rows.EARLIER]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has columns"):
         rows.read(path)
@@ -164,15 +65,6 @@ def test_environment_names_what_a_row_needs(monkeypatch):
     monkeypatch.delenv("GIT_COMMIT", raising=False)
     assert environment.commit() == "unknown"
     assert len(environment.source_hash()) == 12
-
-
-def test_an_interrupted_suite_goes_on_where_it_ended(tmp_path):
-    path = tmp_path / "lora_linear.csv"
-    done, other = SMALL, replace(SMALL, M=7)
-    rows.write(path, cases.run_case("lora_linear", done, "cpu", ENV, SHORT, [_sleeper("floor", "floor", 0.0)]))
-    assert suite.pending([done, other], path, ENV) == [other]
-    assert suite.pending([done, other], path, ENV | {"source": "changed"}) == [done, other]
-    assert SMALL.label in summary.table(path, "abc") and "no rows" in summary.table(path, "changed")
 
 
 # The step runner
@@ -243,8 +135,7 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
 
 def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
     calls = []
-    contenders = [Contender(n, "peer", lambda i, n=n: calls.append((n, i))) for n in "abc"]
-    measure.time_cpu(contenders, Effort(6, 0.0, 6))
+    measure.time_cpu({n: lambda i, n=n: calls.append((n, i)) for n in "abc"}, Effort(6, 0.0, 6))
     timed = calls[6:]  # after two rounds of warm-up
     assert [i for _, i in timed] == list(range(18))
     assert [name for name, _ in timed[::3]] == list("abcabc")

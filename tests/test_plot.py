@@ -17,7 +17,7 @@ from benchmarks import lora_linear, plot, rows  # noqa: E402
 
 def _row(contender: str, M: int, ratio: float, **more) -> dict[str, str]:
     fixed = {"primitive": "lora_linear", "dtype": "bfloat16", "timing": "graph", "device": "x", "status": "ok"}
-    fixed |= {"role": "floor" if contender == "frozen" else "ours", "ms_p50": 1e-3 * M}
+    fixed |= {"role": "floor" if contender == "frozen" else "ours", "ms_p50": 1e-3 * M, "part": "both"}
     values = {"ratio_floor": ratio, "ratio_floor_low": 0.9 * ratio, "ratio_floor_high": 1.1 * ratio}
     return rows.make_row(contender=contender, case=f"M={M} N=64 K=32 R=4 dropout=0", **(fixed | values | more))
 
