@@ -4,16 +4,16 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .._core.registry import planned_for
 from .as_on_gpu import as_on_gpu
+from .asked import built, check_callables, made_optimizer, without_memory
 from .replay import Replay, check_arch, replay
 from .trace import Recorder, Trace
 from .unpadded import unpadded
@@ -166,8 +166,9 @@ def predict_memory(
     Args:
         build: makes the model as it is trained (adapters injected, dtype chosen, checkpointing enabled), called with
             no arguments where every new tensor is fake; so from a configuration, never from a file.
-        batch: what the model is called with by keyword; only shapes and dtypes matter. Without attention_mask a Hugging
-            Face model is taken to see no padding, which makes attention need less.
+        batch: what the model is called with by keyword, tensors (on the CPU; only shapes and dtypes matter) and
+            whatever else. Without attention_mask a Hugging Face model is taken to see no padding, which makes
+            attention need less.
         loss: (model, batch) -> one number. Default: model(**batch).loss.
         optimizer: (trainable parameters) -> optimizer. Default: torch.optim.AdamW with foreach, Torch's default on a
             GPU; without a word, others run here as on a CPU, parameter by parameter.
@@ -175,23 +176,23 @@ def predict_memory(
             libraries'; None for a CPU.
 
     Raises:
-        ValueError: arch is no compute capability; nothing in the model requires grad; the loss is not one number.
+        ValueError: arch is no compute capability; build, loss, optimizer or batch is not what is said above; the model
+            has tensors from outside build, or none that requires grad; the loss is not one number.
         RuntimeError: the model's code reads values, which fake tensors do not have.
     """
     check_arch(arch)
+    check_callables(build, loss, optimizer)
     fake = _fake_mode()
-    with fake:
-        model = build()
-    batch = tree_map_only(Tensor, partial(fake.from_tensor, static_shapes=True), dict(batch))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise ValueError("build: no parameter of the model requires grad, so that there is no training step")
-    attention = unpadded(model) if batch.get("attention_mask") is None else nullcontext()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # a training step, also where the caller takes no gradients
+        batch = without_memory(batch, fake)
+        model = built(build, fake)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        attention = unpadded(model) if batch.get("attention_mask") is None else nullcontext()
         for context in (fake, attention, *(() if arch is None else (planned_for(arch), as_on_gpu()))):
             stack.enter_context(context)
         try:
-            trace = _record(model.train(), batch, loss, optimizer(trainable))
+            trace = _record(model.train(), batch, loss, made_optimizer(optimizer, trainable))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(f"the model or its loss reads a value, which a prediction has not: {error}") from error
     counts = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable)

@@ -49,12 +49,16 @@ class Trace:
         return self
 
 
-def _storages(tensor: Tensor) -> Iterable[torch.UntypedStorage]:
-    """Those of a tensor; of a wrapper subclass, those of the tensors inside it."""
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensor itself; of a wrapper subclass, those inside it."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [storage for name in names for storage in _storages(getattr(tensor, name))]
-    return [tensor.untyped_storage()]
+        return [plain for name in names for plain in plain_tensors(getattr(tensor, name))]
+    return [tensor]
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    return [plain.untyped_storage() for plain in plain_tensors(tensor)]
 
 
 class Recorder(TorchDispatchMode):
