@@ -11,6 +11,7 @@ it ended.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,6 +73,8 @@ def chosen_cases(primitive: str, args: argparse.Namespace) -> list:
         for M in args.rows:
             for R in args.rank:
                 found += mine.of_layers(layers, M, R, _DTYPES[args.dtype], args.dropout)
+    if args.compile:
+        found = [replace(case, compiled=True) for case in found]
     return list({(case.label, case.dtype): case for case in found}.values())
 
 
@@ -110,6 +113,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="with --model")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="with --model")
     parser.add_argument("--dropout", type=float, default=0.0, help="with --model")
+    parser.add_argument("--compile", action="store_true", help="peers under torch.compile too: some seconds a case")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="default: 50 on a GPU, 5 on a CPU, 10 with --quick")
