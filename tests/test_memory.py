@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers", reason="predicts transformers
 from benchmarks import architectures, vram_measure  # noqa: E402
 
 RNG_BYTES = torch.get_rng_state().nbytes  # a checkpoint keeps the CPU's random state, which no operator makes
+SCALAR_BYTES = 8 + 4  # a Python number in a product, which a CPU's kernel wraps and converts; a GPU's takes it by value
 
 
 def llama(dtype: torch.dtype = torch.float32, layers: int = 4) -> nn.Module:
@@ -88,8 +89,9 @@ def test_is_what_the_cpu_allocates(name):
         found = predicted.phases[phase]
         for kind in ("weights", "inputs", "optimizer"):
             assert found.kinds.get(kind, 0) == measured.kinds[kind], (phase, kind)
-        slack = (checkpoints * RNG_BYTES if phase in ("forward", "backward") else 0) + 16  # the optimizer's scalars
-        assert found.allocated <= measured.allocated <= found.allocated + slack, phase
+        left = {"forward": (checkpoints,), "backward": range(checkpoints + 1)}.get(phase, (0,))  # at its worst moment
+        unseen = [n * RNG_BYTES + (SCALAR_BYTES if phase == "step" else 0) for n in left]
+        assert measured.allocated - found.allocated in unseen, phase
     assert predicted.phases["step"].kinds["gradients"] == phases["step"].kinds["gradients"]
 
 
@@ -123,7 +125,7 @@ def test_on_a_gpu_blocks_are_rounded_and_libraries_hold_their_own():
     load = prediction.replay.phases["load"]
     assert load.allocated == sum(load.kinds.values()) == 2 * 4 * 1024 * 1024 + 4 * 256 * 1024 + library_bytes(90)
     step = prediction.replay.phases["step"]
-    assert 0 < step.rounding < 4096  # two scalars of the optimizer, in blocks of 512
+    assert step.rounding == 0  # the optimizer's two scalars are on the host
     assert prediction.replay.reserved >= prediction.replay.peak.allocated
     assert prediction.as_run_on(80).peak.allocated < prediction.replay.peak.allocated
     assert prediction.as_run_on(None).reserved is None

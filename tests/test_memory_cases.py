@@ -82,3 +82,27 @@ def test_garbage_collection_stays_as_it_was():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("on_gpu", [{"fused": True}, {"foreach": True, "capturable": True}])
+@pytest.mark.parametrize("on_host", [{"foreach": True}, {"foreach": False}, {"capturable": False, "fused": False}])
+def test_step_counters_are_where_torch_keeps_them(on_gpu, on_host):
+    """A block of 512 bytes each where the optimizer is fused or capturable, no memory of a GPU otherwise."""
+
+    def forward(settings, arch):
+        make = functools.partial(torch.optim.AdamW, **settings)
+        found = predict_memory(Toy, {"x": torch.zeros(8, 1024)}, optimizer=make, arch=arch)
+        return found.replay.phases["forward"]
+
+    states = 2 * 2 * 4 * 1024 * 1024
+    device, host = forward(on_gpu, 90), forward(on_host, 90)
+    assert (device.kinds["optimizer"], host.kinds["optimizer"]) == (states + 2 * 4, states)
+    assert device.allocated - host.allocated == 2 * 512
+    assert forward(on_host, None).kinds["optimizer"] == states + 2 * 4
+
+
+def test_a_cpu_s_optimizer_is_not_capturable():
+    capturable = functools.partial(torch.optim.AdamW, capturable=True)
+    predict_memory(Toy, {"x": torch.zeros(8, 1024)}, optimizer=capturable)
+    with pytest.raises(AssertionError, match="If capturable=True, .* supported devices"):
+        predict_memory(Toy, {"x": torch.zeros(8, 1024)}, optimizer=capturable, arch=None)

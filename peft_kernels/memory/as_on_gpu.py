@@ -1,5 +1,6 @@
 """Functions that a GPU serves by other operators than a CPU, called as there: what they keep for backward differs."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ATTENTION = F.scaled_dot_product_attention
+_CAPTURABLE = "_get_capturable_supported_devices"  # every module of torch.optim has it under its own name
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -21,16 +23,26 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, **more) -> Tens
     return _ATTENTION(query, key, value, attn_mask, 0.0, **more)
 
 
+def _capturable(supports_xla: bool = True) -> list[str]:
+    return ["cpu"]  # where the fake tensors are
+
+
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Inside, dropout keeps a mask of one byte per element, where a CPU keeps one of the input's dtype; attention draws
-    its dropout again in backward, where a CPU leaves flash attention and keeps the whole matrix. Not thread-safe.
+    its dropout again in backward, where a CPU leaves flash attention and keeps the whole matrix; optimizers may be
+    capturable. Not thread-safe.
 
     A mode would be the cleaner way, but backward leaves modes before it computes a checkpoint again.
     """
-    dropout = F.dropout
-    F.dropout, F.scaled_dot_product_attention = _dropout, _attention
+    changed = [(F, "dropout", _dropout), (F, "scaled_dot_product_attention", _attention)]
+    optimizers = [module for name, module in sys.modules.items() if name.startswith("torch.optim.")]
+    changed += [(module, _CAPTURABLE, _capturable) for module in optimizers if hasattr(module, _CAPTURABLE)]
+    before = [getattr(module, name) for module, name, _ in changed]
+    for module, name, function in changed:
+        setattr(module, name, function)
     try:
         yield
     finally:
-        F.dropout, F.scaled_dot_product_attention = dropout, _ATTENTION
+        for (module, name, _), function in zip(changed, before, strict=True):
+            setattr(module, name, function)

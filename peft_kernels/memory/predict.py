@@ -106,6 +106,7 @@ def _record(
                 recorder.phase, recorder.in_head = "step", False
                 optimizer.step()
                 recorder.hold(optimizer_states(optimizer), "optimizer")
+                recorder.leave_on_host(_host_scalars(optimizer))
                 optimizer.zero_grad()
                 gc.collect()
     finally:
@@ -146,6 +147,16 @@ def without_garbage_collection() -> Iterator[None]:
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _host_scalars(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Step counters, which Torch's optimizers keep on the host unless they are fused or capturable."""
+    found = []
+    for group in optimizer.param_groups:
+        if not (group.get("fused") or group.get("capturable")):
+            states = (optimizer.state.get(parameter, {}) for parameter in group["params"])
+            found += (v for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim == 0)
+    return found
 
 
 def predict_memory(

@@ -93,8 +93,8 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
             allocator.malloc(held["library"] // _CUBLAS_THREADS)
     for event in trace.events:
         piece = event.piece
-        if piece.inside and arch is None:
-            continue  # declared for the GPU's kernels
+        if piece.inside if arch is None else piece.on_host:
+            continue  # a GPU kernel's declared temporaries are not a CPU's, the host's memory is not a GPU's
         if before == "forward" and event.phase == "backward":
             saved = held["activations"] + held["logits"]
         if event.phase != before:  # what the phase begins with may be its worst

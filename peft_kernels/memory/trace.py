@@ -26,6 +26,7 @@ class Piece:
     nbytes: int
     kind: str = ""  # empty until it is known, which may be later
     inside: bool = False  # of a call, not made by it
+    on_host: bool = False  # also where the rest is on a GPU
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class Recorder(TorchDispatchMode):
                 piece = self._live.get(id(storage)) or self._born(storage)
                 if piece is not None:
                     piece.kind = kind
+
+    def leave_on_host(self, tensors: Iterable[Tensor]) -> None:
+        """Say which of the tensors that are held take no memory of a GPU."""
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                self._live[id(storage)].on_host = True
 
     def end_of_forward(self) -> None:
         """What lives now and has no kind is kept for backward."""
