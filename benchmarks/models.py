@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +87,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def with_peft(base: nn.Module, rank: int, seed: int) -> nn.Module:
     """`base`, copied, with PEFT's LoRA layers on every linear layer, initialised by `seed`."""
+    import peft  # a peer: only here when it is installed
+
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(sharing_copy(base), config)
