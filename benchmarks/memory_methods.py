@@ -11,7 +11,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Options:
-    """What a method is asked for. dtype: the base model's; real adapters over a 16-bit one are fp32, as PEFT's."""
+    """What a method is asked for. dtype: the base model's; real adapters over a 16-bit one are fp32, as PEFT's, but for
+    the methods named -bf16, whose adapters have the base model's."""
 
     rank: int = 8
     targets: str | tuple[str, ...] = "all-linear"
@@ -37,9 +38,17 @@ class Estimate:
         return sum(self.kinds.values())
 
 
+NEEDS_CUDA = "needs a CUDA device: its kernels are Triton's"
+
+
+class Unsuited(ValueError):
+    """A model that a method is not made for."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """`adapt` makes a base model ready to train, in place or anew; None until the primitive it needs is there."""
+    """`adapt` makes a base model ready to train, in place or anew; None until the primitive it needs is there. It may
+    raise Unsuited."""
 
     name: str
     estimate: Callable[[nn.Module, Options], Estimate]
@@ -47,6 +56,14 @@ class Method:
     comes_with: str = ""  # the primitive that `adapt` waits for
     missing: str = ""  # why it cannot run here: what to install
     unpredicted: str = ""  # why its step runs on real tensors only, and has no prediction
+    cuda_only: bool = False  # its kernels run on no CPU
+    implementation: str = ""  # the peer's version, where the rows have no column for it
+
+    def missing_on(self, device: str) -> str:
+        """Why it cannot run on a device; "" where it can."""
+        if self.adapt is None:
+            return f"comes with the primitive {self.comes_with}"
+        return self.missing or (NEEDS_CUDA if self.cuda_only and device != "cuda" else "")
 
 
 def by_formula(trained: int, weights: float, width: int) -> Estimate:
