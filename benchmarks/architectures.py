@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import BertConfig, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
@@ -114,11 +115,17 @@ _NAMED: dict[str, tuple[Callable[[], PretrainedConfig], float | None, bool]] = {
 NAMES = tuple(_NAMED)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing, in one line of a table."""
+    words = " ".join(str(error).split())
+    return (words[:200] + "..." if len(words) > 200 else words) or type(error).__name__
+
+
 def find(name: str) -> Architecture:
     """A model by name, or by the path of a Hugging Face config.json.
 
     Raises:
-        ValueError: neither a known name nor such a file.
+        ValueError: neither a known name nor such a file, or a model that does not read and predict text.
     """
     if name in _NAMED:
         config, nominal, classifier = _NAMED[name]
@@ -127,10 +134,17 @@ def find(name: str) -> Architecture:
     if not path.is_file():
         raise ValueError(f"model {name!r} is no file; expected the path of a config.json or one of {', '.join(NAMES)}")
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r} is not a config.json that transformers knows: {error}") from error
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model {name!r} is not a config.json that transformers knows: {one_line(error)}") from error
     config.use_cache = False
-    return Architecture(
-        path.parent.name or name, config, None, "ForSequenceClassification" in str(config.architectures)
-    )
+    classifier = "ForSequenceClassification" in str(config.architectures)
+    purpose = "SEQUENCE_CLASSIFICATION" if classifier else "CAUSAL_LM"
+    known = getattr(transformers, f"MODEL_FOR_{purpose}_MAPPING")
+    sized = all(isinstance(getattr(config, size, None), int) for size in ("vocab_size", "hidden_size"))
+    if type(config) not in known or config.is_encoder_decoder or not sized:
+        raise ValueError(
+            f"model {name!r} is a {config.model_type}; expected a decoder of text (a causal language model) or "
+            "an encoder that classifies sequences"
+        )
+    return Architecture(path.parent.name or name, config, None, classifier)
