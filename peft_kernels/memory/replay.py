@@ -37,11 +37,12 @@ class Moment:
 @dataclass(frozen=True)
 class Replay:
     """`phases`: the worst moment of each. `reserved`: the most that the allocator took from the card; None on a CPU.
-    `saved`: bytes that forward left for backward, those of the loss too."""
+    `saved`: bytes that forward left for backward, those of the loss too; `saved_blocks`: the memory that they take."""
 
     phases: dict[str, Moment]
     reserved: int | None
     saved: int
+    saved_blocks: int
 
     @property
     def peak(self) -> Moment:
@@ -84,7 +85,8 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
     check_arch(arch)
     allocator = _Exact() if arch is None else CachingAllocator(capacity)
     blocks: dict[Piece, Block] = {}
-    saved, before = 0, ""
+    saved = saved_blocks = began = 0
+    before = ""
     held: Counter[str] = Counter()
     worst: dict[str, Moment] = {}
     if arch is not None:
@@ -96,9 +98,10 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
         if piece.inside if arch is None else piece.on_host:
             continue  # a GPU kernel's declared temporaries are not a CPU's, the host's memory is not a GPU's
         if before == "forward" and event.phase == "backward":
-            saved = held["activations"] + held["logits"]
+            saved, saved_blocks = held["activations"] + held["logits"], allocator.allocated - began
         if event.phase != before:  # what the phase begins with may be its worst
             _note(worst, event.phase, Moment(allocator.allocated, dict(held), ""))
+            began = allocator.allocated
         before = event.phase
         if event.freed:
             allocator.free(blocks.pop(piece))
@@ -109,4 +112,4 @@ def replay(trace: Trace, arch: int | None, capacity: int | None = None) -> Repla
         if allocator.allocated > worst[event.phase].allocated:
             worst[event.phase] = Moment(allocator.allocated, dict(held), event.during)
     phases = {phase: worst[phase] for phase in PHASES if phase in worst}
-    return Replay(phases, None if arch is None else allocator.peak_reserved, saved)
+    return Replay(phases, None if arch is None else allocator.peak_reserved, saved, saved_blocks)
