@@ -7,9 +7,10 @@ No GPU and no weights are needed: the model's own code runs on tensors without m
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,13 +23,19 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
 
 from benchmarks import cases, vram_fits, vram_measure, vram_report
-from benchmarks.architectures import NAMES, Architecture, find
+from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
 from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options
 from peft_kernels.memory.predict import Prediction, predict_memory
 from peft_kernels.memory.replay import Replay
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_FAILURES = (RuntimeError, MemoryError, ValueError, AssertionError)
+"""What a method's own step may end in: memory that is out, values read on fake tensors, a model it is not made for."""
+
+_UNBUILT = (*_FAILURES, LookupError, TypeError, AttributeError, ImportError, ArithmeticError)
+"""What transformers raises on configurations that do not make sense."""
 
 
 def methods() -> dict[str, Method]:
@@ -48,6 +55,16 @@ class Result:
     prediction: Prediction | None = None
     measured: Replay | None = None
     notes: list[str] = field(default_factory=list)
+    failed: bool = False
+
+    def attempt(self, what: str, action: Callable):
+        """What `action` gives; where it fails, nothing, and a note that says why."""
+        try:
+            return action()
+        except _FAILURES as error:
+            self.failed = True
+            self.notes.append(f"{what} failed: {type(error).__name__}: {one_line(error)}")
+            return None
 
 
 @dataclass(frozen=True)
@@ -78,15 +95,22 @@ class Question:
         return predict_memory(build, sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
 
     def estimate(self, method: Method) -> Estimate:
-        return method.estimate(self._without_memory, self.options)
+        found = method.estimate(self._without_memory, self.options)
+        return replace(found, optimizer=0.0) if self.optimizer == "sgd" else found
 
     @cached_property
     def _without_memory(self) -> nn.Module:
-        with FakeTensorMode():
-            return self.architecture.build(self.options.dtype)
+        try:
+            with FakeTensorMode():
+                return self.architecture.build(self.options.dtype)
+        except _UNBUILT as error:
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"model {self.architecture.name}: transformers cannot build it: {why}") from error
 
 
-def answer(question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable) -> list[Result]:
+def answer(
+    question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable, snapshot: Path | None = None
+) -> list[Result]:
     """Estimate first, for all: what is wrong with the question shows before anything takes long."""
     question.architecture.batch(question.batch, question.seq)
     results = [Result(method, question.estimate(method)) for method in chosen]
@@ -94,12 +118,18 @@ def answer(question: Question, chosen: Sequence[Method], measure: str | None, pr
         method = result.method
         if method.adapt is None:
             result.notes.append(f"estimate only: its prediction comes with the primitive {method.comes_with}")
-        elif method.missing:
-            result.notes.append(method.missing)
-        else:
-            result.prediction = question.predict(method)
-            if measure:
-                result.measured = vram_measure.measure(question, method, measure)
+            continue
+        if method.unpredicted:
+            result.notes.append(f"no prediction: {method.unpredicted}")
+        elif not method.missing:
+            result.prediction = result.attempt("prediction", partial(question.predict, method))
+        absent = method.missing_on(measure) if measure else "" if method.unpredicted else method.missing
+        if absent:
+            result.notes.append(absent)
+        elif measure:
+            file = snapshot and vram_measure.snapshot_of(snapshot, method, len(results))
+            run = partial(vram_measure.measure, question, method, measure, file)
+            result.measured = result.attempt("measurement", run)
     return results
 
 
@@ -127,20 +157,37 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of every block")
     parser.add_argument("--arch", type=int, default=90, help="compute capability of the GPU: 90 for 9.0 (H100)")
     parser.add_argument("--fits", metavar="SIZE", type=vram_fits.card_bytes,
-                        help="find the largest batch that fits a card, such as 24GB")  # fmt: skip
+                        help="find the largest batch that fits a card, such as 24GB: taken as 24 GiB")  # fmt: skip
     parser.add_argument("--measure", choices=("cpu", "cuda"), help="run the real step too: its weights are allocated")
+    parser.add_argument("--within", metavar="PERCENT", type=float,
+                        help="exit with 1 where a prediction is further off from what --measure finds")  # fmt: skip
+    parser.add_argument("--snapshot", metavar="FILE", type=Path,
+                        help="write the measured step's memory history, for pytorch.org/memory_viz")  # fmt: skip
     for name in ("csv", "json", "png"):
         parser.add_argument(f"--{name}", type=Path, help=f"write the rows as {name.upper()} too")
     args = parser.parse_args(argv)
+    _check(parser, args)
+    return args
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where options do not go together, or there is no place for a file."""
     if args.fits is not None and (args.measure == "cpu" or args.fits <= vram_fits.CONTEXT):
         left = f"a card of more than {vram_fits.CONTEXT >> 20} MiB, which go to the CUDA context, and no --measure cpu"
         parser.error(f"--fits needs {left}")
+    if args.within is not None and not (args.measure and 0 <= args.within < math.inf):
+        parser.error("--within needs --measure, and a number of percent from 0 on")
+    if args.snapshot and args.measure != "cuda":
+        parser.error("--snapshot needs --measure cuda")
     if args.measure == "cuda" and not torch.cuda.is_available():
         parser.error("--measure cuda: there is no CUDA device")
-    for path in filter(None, (args.csv, args.json, args.png)):
-        if path.is_dir():
-            parser.error(f"{path} is a folder; expected a file to write")
-    return args
+    for name in ("csv", "json", "png", "snapshot"):
+        path = getattr(args, name)
+        if path:
+            try:
+                vram_report.make_room(path)
+            except OSError as error:
+                parser.error(f"--{name} {path} cannot be written: {error.strerror}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,15 +200,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         question = Question(find(args.model), options, args.batch, args.seq, args.checkpointing, args.optimizer, arch)
         chosen = [methods()[name] for name in dict.fromkeys(args.method)]
         bar = partial(tqdm, desc="predict", unit="method", disable=len(chosen) < 2, leave=False)
-        results = answer(question, chosen, args.measure, bar)
+        results = answer(question, chosen, args.measure, bar, args.snapshot)
     except ValueError as error:
         print(f"vram: {error}", file=sys.stderr)
         return 2
     print(vram_report.text(question, results))
     if args.fits is not None:
-        print(vram_fits.text(question, [result.method for result in results if result.prediction], args.fits))
+        print(vram_fits.text(question, [result for result in results if result.prediction], args.fits))
     vram_report.write(question, results, args.csv, args.json, args.png)
-    return 0
+    failed = any(result.failed for result in results)
+    if args.within is not None:
+        right, said = vram_measure.within(args.within, results)
+        print(said)
+        failed = failed or not right
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from peft_kernels.memory.allocator import OutOfMemory
+from peft_kernels.memory.predict import Prediction
+from peft_kernels.memory.replay import Replay
 
 from .memory_methods import Method
 
@@ -16,6 +19,7 @@ CONTEXT = 2**30
 """Bytes of a card that a process cannot reserve: its CUDA context, kernels, the desktop. Assumed, not measured."""
 
 MOST = 1 << 16  # sequences
+UNIT = 64  # tokens, of which a sequence is a multiple
 _UNITS = {"GB": 2**30, "GIB": 2**30, "MB": 2**20, "MIB": 2**20}
 
 
@@ -27,30 +31,67 @@ def card_bytes(size: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def fits(question, method: Method, batch: int, seq: int, capacity: int) -> bool:
-    prediction = question.predict(method, batch, seq)
+def _holds(prediction: Prediction, capacity: int) -> bool:
     if prediction.replay.reserved <= capacity:
         return True
     try:  # a full card gives back what is empty
-        prediction.as_run_on(question.arch, capacity)
+        prediction.as_run_on(prediction.arch, capacity)
     except OutOfMemory:
         return False
     return True
 
 
-def largest(works, most: int) -> int:
+def fits(question, method: Method, batch: int, seq: int, capacity: int) -> bool:
+    return _holds(question.predict(method, batch, seq), capacity)
+
+
+def largest(works: Callable[[int], bool], most: int, guess: int = 1) -> int:
     """The largest n up to `most` of which `works(n)` is true, 0 when there is none, if what is true of one is true of
-    all below. An allocator's is so but for its last few: then an n that works, and whose double does not."""
-    if not works(1):
-        return 0
-    good, bad = 1, 2
-    while bad <= most and works(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, most + 1)
+    all below. An allocator's is so but for its last few: then an n that works, and whose successor does not. The closer
+    the guess, the fewer are tried."""
+    at, step = max(1, min(guess, most)), 1
+    if works(at):
+        good, bad = at, most + 1
+        while good < most and bad > most:
+            at, step = min(good + step, most), 2 * step
+            good, bad = (at, bad) if works(at) else (good, at)
+    else:
+        good, bad = 0, at
+        while good == 0 and bad > 1:
+            at, step = max(bad - step, 1), 2 * step
+            good, bad = (at, bad) if works(at) else (0, at)
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if works(middle) else (good, middle)
     return good
+
+
+def _guess(one: Replay, two: Replay, capacity: int) -> int:
+    """Where a size reaches the capacity if the memory of every phase grows as from the first to the second."""
+    found = MOST
+    for phase, first in one.phases.items():
+        more = two.phases[phase].allocated - first.allocated
+        if more > 0:
+            found = min(found, 1 + (capacity - first.allocated) // more)
+    return found
+
+
+def _largest(predict: Callable[[int], Prediction], capacity: int, most: int) -> int:
+    """`largest`, near where the first two sizes point: activations grow linearly."""
+    replays: dict[int, Replay] = {}
+
+    @cache
+    def works(n: int) -> bool:
+        prediction = predict(n)
+        if n <= 2:
+            replays[n] = prediction.replay
+        return _holds(prediction, capacity)
+
+    if not works(1):
+        return 0
+    if most == 1 or not works(2):
+        return 1
+    return largest(works, most, _guess(replays[1], replays[2], capacity))
 
 
 def _advice(question, method: Method, capacity: int) -> str:
@@ -67,17 +108,23 @@ def _advice(question, method: Method, capacity: int) -> str:
     return f"fits with {' or '.join(good)}" if good else "nor with --checkpointing --optimizer adamw-fused"
 
 
-def text(question, methods: Sequence[Method], card: int) -> str:
-    """A table: per method the largest batch at the sequence length asked for, or the longest one at batch 1."""
+def _row(question, result, capacity: int) -> tuple[str, str, str]:
+    """The largest batch at the sequence length asked for, or the longest one at batch 1."""
+    method, there = result.method, {question.batch: result.prediction}
+    size = _largest(lambda n: there.get(n) or question.predict(method, n, question.seq), capacity, MOST)
+    if size:
+        return method.name, f"{size} x {question.seq}", f"{size * question.seq:,} tokens"
+    units = _largest(lambda n: question.predict(method, 1, UNIT * n), capacity, max(1, question.seq // UNIT))
+    found = f"1 x {UNIT * units}" if units else "nothing"
+    return method.name, found, f"not {question.seq}: {_advice(question, method, capacity)}"
+
+
+def text(question, results: Sequence, card: int) -> str:
+    """A table of what is predicted to fit, by method."""
     lines = []
-    for method in tqdm(methods, desc="what fits", unit="method", leave=False):
-        size = largest(lambda n, m=method: fits(question, m, n, question.seq, card - CONTEXT), MOST)
-        if size:
-            lines.append((method.name, f"{size} x {question.seq}", f"{size * question.seq:,} tokens"))
-            continue
-        units = largest(lambda n, m=method: fits(question, m, 1, 64 * n, card - CONTEXT), max(1, question.seq // 64))
-        found = f"1 x {64 * units}" if units else "nothing"
-        lines.append((method.name, found, f"not {question.seq}: {_advice(question, method, card - CONTEXT)}"))
+    for result in tqdm(results, desc="what fits", unit="method", leave=False):
+        found = result.attempt("what fits", partial(_row, question, result, card - CONTEXT))
+        lines.append(found or (result.method.name, "", result.notes[-1]))
     head = (
         f"\nLargest batch on a card of {card / 2**30:g} GiB, {CONTEXT / 2**30:g} GiB of it left to the CUDA context\n"
     )

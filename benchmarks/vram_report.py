@@ -1,7 +1,9 @@
 """The memory tables in print, as CSV, JSON and as a picture."""
 
+import errno
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,9 +63,10 @@ def _estimates(question, results) -> str:
         lines.append((result.method.name, f"{one.trained:,}", *(_gib(size) for size in sums)))
     nominal, width = question.architecture.nominal, question.options.dtype.itemsize
     if nominal and any(result.method.name == "full" for result in results):
-        sums = (nominal * width, nominal * width, 2 * nominal * width, 4 * nominal * width)
+        moments = 0 if question.optimizer == "sgd" else 2
+        sums = tuple(times * nominal * width for times in (1, 1, moments, 2 + moments))
         lines.append((f"full, were it {nominal:.3g}", f"{nominal:,.0f}", *(_gib(size) for size in sums)))
-    headers = ("method", "trained", "weights", "gradients", "Adam", "sum")
+    headers = ("method", "trained", "weights", "gradients", "SGD" if question.optimizer == "sgd" else "Adam", "sum")
     return tabulate(lines, headers=headers, disable_numparse=True, stralign="right")
 
 
@@ -104,10 +107,10 @@ def text(question, results) -> str:
         f"{question.optimizer}{', checkpointing' if question.checkpointing else ''}, rank {options.rank} on {targets}, "
         f"{card}. GiB throughout."
     )
-    width = options.dtype.itemsize
+    states = " and per gradient" if question.optimizer == "sgd" else ", per gradient and per moment of Adam's two"
     parts = [
         head,
-        f"\nEstimated: {width} bytes per parameter, per gradient and per moment of Adam's two; all the rest is alpha\n",
+        f"\nEstimated: {options.dtype.itemsize} bytes per parameter{states}; all the rest is alpha\n",
         _estimates(question, results),
     ]
     if any(result.prediction or result.measured for result in results):
@@ -143,6 +146,19 @@ def picture(question, results):
     return figure
 
 
+def make_room(path: Path) -> None:
+    """Make a file's folder.
+
+    Raises:
+        OSError: no file can be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; expected a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent):
+        pass
+
+
 def write(question, results, to_csv: Path | None, to_json: Path | None, to_png: Path | None) -> None:
     """Write what was asked for; bytes in CSV and JSON."""
     found = list(rows(results))
@@ -158,6 +174,8 @@ def write(question, results, to_csv: Path | None, to_json: Path | None, to_png: 
             "dtype": str(question.options.dtype),
         }
         about |= {"commit": environment.commit(), "torch": environment.version("torch")}
+        if any(result.measured for result in results):
+            about["measured_on"] = environment.environment("cpu" if question.arch is None else "cuda")
         replace_file(to_json, json.dumps({"question": about, "rows": found}, indent=1).encode() + b"\n")
     if to_png:
         image = io.BytesIO()
