@@ -1,0 +1,44 @@
+// What kernel source takes from its compiler. nvcc's half is here; the host compiler's, which runs the same source on a
+// CPU, is tests/cuda_host/simt.h. Kernels say `shared` and `launch` for what CUDA spells in syntax of its own.
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cfloat>
+
+namespace peft_kernels {
+
+// The block's one object of that type, uninitialized: __shared__ T.
+template <typename T>
+__device__ __forceinline__ T& shared() {
+  __shared__ T object;
+  return object;
+}
+
+// The launch's dynamic shared memory, on 128 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+
+// kernel<<<grid, block, dynamic_bytes, stream>>>(arguments...), with this launch's own error, not an earlier one's.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace peft_kernels
+
+#else
+#include "simt.h"
+#endif
