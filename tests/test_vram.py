@@ -181,6 +181,14 @@ def test_few_sizes_are_tried(card, expected):
     assert expected + 1 in model.asked
 
 
+def test_a_batch_that_fits_is_a_row():
+    model, method = Linear(), SimpleNamespace(name="lora")
+    asked = SimpleNamespace(batch=2, seq=100, predict=lambda method, batch, seq: model.predict(batch))
+    found = SimpleNamespace(method=method, prediction=model.predict(2))
+    assert vram_fits._row(asked, found, 79 * GIB) == ("lora", "39 x 100", "3,900 tokens")
+    assert model.asked.count(2) == 1  # what is predicted already is not predicted again
+
+
 def test_a_sequence_that_is_too_long_alone(monkeypatch):
     """The longest multiple of 64 that fits is given, and what would make room."""
     monkeypatch.setattr(vram_fits, "_advice", lambda question, method, capacity: f"advice for {capacity}")
