@@ -76,7 +76,8 @@ def test_what_is_left_of_a_small_block_is_one_from_512_bytes():
     allocator = CachingAllocator()
     block, _ = allocator.malloc(1024), allocator.malloc(512)
     allocator.free(block)
-    assert allocator.malloc(512).after.size == 512
+    block = allocator.malloc(512)
+    assert (block.size, block.after.size, block.after.free) == (512, 512, True)
 
 
 @pytest.mark.parametrize("nbytes", [512, 40 * MIB])
