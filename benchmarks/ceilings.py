@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import environment
-from .measure import Contender, Effort, time_cpu, time_cuda
+from .measure import Effort, time_cpu, time_cuda
 
 _COPY_BYTES = {"cuda": 2 * 1024**3, "cpu": 64 * 1024**2}
 _MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
@@ -24,13 +24,7 @@ def ceilings(device: str, effort: Effort) -> dict[str, float]:
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     clock = time_cuda if device == "cuda" else time_cpu
-    timings = clock(
-        [
-            Contender("copy", "floor", lambda i: target.copy_(source)),
-            Contender("matmul", "floor", lambda i: left @ right),
-        ],
-        effort,
-    )
+    timings = clock({"copy": lambda i: target.copy_(source), "matmul": lambda i: left @ right}, effort)
     return {
         "copy_gb_per_s": 2 * nbytes / timings["copy"].median / 1e6,
         "bf16_tflop_per_s": 2 * size**3 / timings["matmul"].median / 1e9,

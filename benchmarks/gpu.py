@@ -66,7 +66,7 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    names = ("aot", "mutation", "demo", "benchmarks", "throughput", "memory*", "vram", "plot", "step")
+    names = ("aot", "mutation", "demo", "benchmarks", "run_case", "throughput", "memory*", "vram", "plot", "step")
     apart = tuple(f"--ignore-glob=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]
@@ -89,8 +89,26 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
         command += ("--csv", str(work / f"{primitive}.csv"), *flags)
         found.append(Step(f"measure {primitive}", command, 300, stops=(), env=env))
     sizes = () if device == "cuda" else ("--model", "smollm2-135m", "--layers", "1", "--seq", "16", "--rounds", "2")
-    step = (_PY, "-m", "benchmarks.step", *where, *sizes, "--csv", str(work / "step.csv"))
-    found.append(Step("training step", step, 120, stops=()))
+    peers = ("peft-lora", "peft-lora-bf16", "peft-lora-liger", "peft-lora-cce")
+    step = (_PY, "-m", "benchmarks.step", *where, *sizes, "--method", "lora", "lora-bf16", *peers)
+    step += ("--csv", str(work / "step.csv"))
+    found.append(Step("training step", step, 150, stops=()))
+    return [*found, *_memory_steps(device, work)]
+
+
+def _memory_steps(device: str, work: Path) -> list[Step]:
+    """What vram.py predicts beside what the device's allocator gives; the pictures of all that was measured."""
+    asked = {"minilm-l6": ("--batch", "2", "--seq", "16", "--dtype", "fp32")}
+    if device == "cuda":
+        asked = {"smollm2-135m": ("--batch", "8", "--seq", "1024"), "llama-3-8b": ("--batch", "1", "--seq", "2048")}
+    found = []
+    for model, sizes in asked.items():
+        methods = ("lora", "peft-lora") + ("full",) * (model != "llama-3-8b")
+        command = (_PY, "-m", "benchmarks.vram", "--model", model, "--method", *methods, *sizes)
+        command += ("--measure", device, "--within", "1", "--csv", str(work / f"memory_{model}.csv"))
+        found.append(Step(f"memory {model}", command, 90, stops=()))
+    if environment.version("matplotlib") != "none":
+        found.append(Step("pictures", (_PY, "-m", "benchmarks.plot", str(work)), 60, stops=()))
     return found
 
 
@@ -103,10 +121,11 @@ def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Pat
         if found:
             rows.write(out / f"{name}.csv", found)
             written.append(out / f"{name}.csv")
-    for name in ("ceilings.json", *(f"{primitive}_configs.json" for primitive in only)):
-        if (work / name).exists():
-            shutil.copyfile(work / name, out / name)
-            written.append(out / name)
+    others = ("ceilings.json", "memory_*.csv", "*_over_floor.png", "*_roofline.png")
+    for pattern in (*others, *(f"{primitive}_configs.json" for primitive in only)):
+        for path in sorted(work.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+            written.append(out / path.name)
     return written
 
 

@@ -151,7 +151,9 @@ def contenders(
     all should be the floor's but for rounding.
     """
     torch.manual_seed(0)
-    base = case.shortened().build(case.dtype).to(device).train().requires_grad_(False)
+    with torch.device(device):  # where random weights are made in no time
+        base = case.shortened().build(case.dtype)
+    base = base.to(device).train().requires_grad_(False)
     batch, losses = case.tensors(device), {}
     floor = Contender(FLOOR, "floor", implementation=f"torch {torch.__version__}")
     _run(floor, _frozen(sharing_copy(base), batch), losses)

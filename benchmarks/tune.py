@@ -82,7 +82,7 @@ def _contenders(tried: Sequence[Config], case: LoRACase, sets: list) -> Iterator
             yield None
             continue
         yield measure.Contender(
-            str(number), "ours", lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)]), len(sets)
+            str(number), "ours", lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)]), sets=len(sets)
         )
 
 
@@ -92,7 +92,7 @@ def cuda_clock(case: LoRACase, effort: measure.Effort) -> Clock:
 
     def clock(tried: Sequence[Config]) -> list[float | None]:
         found = list(_contenders(tried, case, sets))
-        graphs = {one.name: (measure.capture(one), one.sets) for one in found if one is not None}
+        graphs = {one.name: measure.capture(one, "both") for one in found if one is not None}
         timings = measure.time_graphs(graphs, effort)
         return [timings[one.name].median if one is not None else None for one in found]
 

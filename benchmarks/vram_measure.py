@@ -90,11 +90,13 @@ def step(
 def measure(question, method: Method, device: str, snapshot: Path | None = None) -> Replay:
     """The step that the question describes, with real weights, on `device` ("cpu" or "cuda")."""
     torch.manual_seed(0)
-    if device == "cuda":  # what the method before reserved is not this one's
-        gc.collect()
+    gc.collect()  # what the method before left is not this one's
+    if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = question.model(method).to(device).train()
+    with torch.device(device):  # where random weights are made in no time
+        model = question.model(method)
+    model = model.to(device).train()
     sizes = question.architecture.batch(question.batch, question.seq)
     batch = {name: tensor.to(device) for name, tensor in sizes.items()}
     optimizer = OPTIMIZERS[question.optimizer](p for p in model.parameters() if p.requires_grad)
