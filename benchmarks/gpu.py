@@ -66,7 +66,19 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    names = ("aot", "mutation", "demo", "benchmarks", "run_case", "throughput", "memory*", "vram", "plot", "step")
+    names = (
+        "aot",
+        "mutation",
+        "demo",
+        "benchmarks",
+        "fake_gpu",
+        "run_case",
+        "throughput",
+        "memory*",
+        "vram",
+        "plot",
+        "step",
+    )
     apart = tuple(f"--ignore-glob=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]

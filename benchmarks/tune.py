@@ -82,7 +82,10 @@ def _contenders(tried: Sequence[Config], case: LoRACase, sets: list) -> Iterator
             yield None
             continue
         yield measure.Contender(
-            str(number), "ours", lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)]), sets=len(sets)
+            str(number),
+            "ours",
+            lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)]),
+            sets=len(sets),
         )
 
 
