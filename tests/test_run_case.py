@@ -122,7 +122,7 @@ def test_parts_are_timed_and_weighed_apart():
     by = {(row["contender"], row["part"]): row for row in found}
     assert set(by) == {("floor", "both"), ("floor", "forward"), ("floor", "backward"), ("whole", "both")}
     ms = {part: float(by["floor", part]["ms_p50"]) for part in measure.PARTS}
-    assert 2 <= ms["backward"] < ms["forward"] and 22 <= ms["both"]
+    assert 2 <= ms["backward"] < ms["forward"] and ms["both"] >= 22
     peaks = {part: int(by["floor", part]["peak_bytes"]) for part in measure.PARTS}
     assert peaks == {"both": 2 << 20, "forward": 1 << 20, "backward": 1 << 20}
     assert {row["seed"] for row in found} == {"7"}
