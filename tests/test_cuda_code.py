@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = sorted((ROOT / "csrc").glob("*/*_sm90.cu"))
+PROBE = ROOT / "tests" / "cuda_host" / "probe.cu"
+GENERAL = [path for path in sorted((ROOT / "csrc").glob("*/*.cu")) if path not in HOPPER] + [PROBE]
+ARCHS = ("80", "90a", "100")
 NVCC = shutil.which("nvcc")
 
 pytestmark = [
@@ -23,10 +26,16 @@ WANTED = {
 }
 """Opcodes that the code must hold: the matrix instructions meant, TMA for what is large, wide accesses for the rest."""
 
+WANTED_GENERAL = {"bias_grad.cu": ("LDG.E.128",), "probe.cu": ("HMMA.16816.F32.BF16",)}
 
-def compile_for_hopper(source: Path, out: Path) -> str:
+MOST_REGISTERS = {"bias_grad.cu": {"WideRows": 80, "AnyRows": 48}, "probe.cu": {"kernel": 64}}
+"""By a part of the kernel's name: what its launch bounds leave a thread (256 threads, 3 or 5 blocks per SM)."""
+
+
+def compiled(source: Path, out: Path, arch: str = "90a") -> str:
     """nvcc's messages: registers, stack and spills of every kernel, and its warnings."""
-    command = [NVCC, "-O3", "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v"]
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    command = [NVCC, "-O3", "-std=c++17", "-gencode", target, "-cubin", "-Xptxas=-v"]
     done = subprocess.run([*command, str(source), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -40,16 +49,57 @@ def disassembled(cubin: Path) -> str:
     return subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("source", HOPPER, ids=lambda path: path.name)
-def test_hopper_kernels(source, tmp_path):
-    cubin = tmp_path / "kernels.cubin"
-    messages = compile_for_hopper(source, cubin)
+def machine_code(source: Path, cubin: Path, arch: str = "90a") -> tuple[str, str]:
+    """nvcc's messages and the SASS, after what holds for every kernel: no stack, no spills, no warnings."""
+    messages = compiled(source, cubin, arch)
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", messages)
     assert kernels, messages
     assert all(set(found) == {"0"} for found in kernels), f"stack or spills in {source.name}:\n{messages}"
-    assert "serialized" not in messages and "C75" not in messages, messages
     assert "warning" not in messages.lower(), messages
     sass = disassembled(cubin)
     assert not re.search(r"\b(LDL|STL)\b", sass), f"local memory in {source.name}"
+    return messages, sass
+
+
+@pytest.mark.parametrize("source", HOPPER, ids=lambda path: path.name)
+def test_hopper_kernels(source, tmp_path):
+    messages, sass = machine_code(source, tmp_path / "kernels.cubin")
+    assert "serialized" not in messages and "C75" not in messages, messages
     for opcode in WANTED[source.name]:
         assert opcode in sass, f"{source.name}: no {opcode}"
+
+
+def registers_of(messages: str) -> dict[str, int]:
+    """Registers per thread by mangled kernel name."""
+    found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", messages, re.DOTALL)
+    return {name: int(count) for name, count in found}
+
+
+def loads_in_flight(function: str, opcode: str) -> int:
+    """The most loads that a kernel issues before it adds anything."""
+    issued = re.sub(r"\b(FADD|HADD2)", "\n+\n", function).split("\n+\n")
+    return max(len(re.findall(rf"\b{re.escape(opcode)}\b", part)) for part in issued)
+
+
+def check_bias_grad(sass: str) -> None:
+    kernels = sass.split("Function : ")[1:]
+    assert len(kernels) == 13
+    for kernel in kernels:
+        name = kernel.partition("\n")[0]
+        loads = loads_in_flight(kernel, "LDG.E.128" if "WideRows" in name else "LDG.E")
+        assert loads >= 8, f"{loads} loads in flight in {name}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", GENERAL, ids=lambda path: path.name)
+def test_general_kernels(source, arch, tmp_path):
+    messages, sass = machine_code(source, tmp_path / "kernels.cubin", arch)
+    for name, registers in registers_of(messages).items():
+        limits = [most for part, most in MOST_REGISTERS[source.name].items() if part in name]
+        assert len(limits) == 1 and registers <= limits[0], f"{name} has {registers} registers, of {limits}"
+    for opcode in WANTED_GENERAL[source.name]:
+        assert opcode in sass, f"{source.name}: no {opcode}"
+    # Flushing subnormals would lose what compensation keeps.
+    assert not re.search(r"\b(FADD|FMUL|FFMA|FSETP)\S*\.FTZ", sass)
+    if source.name == "bias_grad.cu":
+        check_bias_grad(sass)
