@@ -103,3 +103,8 @@ def test_general_kernels(source, arch, tmp_path):
     assert not re.search(r"\b(FADD|FMUL|FFMA|FSETP)\S*\.FTZ", sass)
     if source.name == "bias_grad.cu":
         check_bias_grad(sass)
+
+
+def test_loads_in_flight_are_counted():
+    rolled = "LDG.E.128.CONSTANT R12 FADD R1 LDG.E.128 R4 LDG.E.128 R8 HADD2.F32 R2 LDG.E.128 R12 LDG.E.64 R2"
+    assert loads_in_flight(rolled, "LDG.E.128") == 2 and loads_in_flight(rolled, "LDG.E") == 2

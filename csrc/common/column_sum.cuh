@@ -1,5 +1,6 @@
 // Column sums of M rows: a row pass with eight loads in flight per thread, sums that stay exact to a few roundings for any
-// M, and a tree over the threads of a block. Deterministic: the order of additions depends on sizes and strides alone.
+// M, and a tree over the threads of a block. Deterministic: the order of additions depends on sizes, strides, alignment
+// and the number of blocks that the GPU runs at once.
 //
 // Error, with u = 2**-24 and S = sum|terms| of one column:
 //  * A chain adds kBatch = 8 terms one after the other: at most 7 u S over all chains of the column (second-order terms
@@ -48,11 +49,12 @@ __device__ __forceinline__ void add(TwoFloat& sum, TwoFloat y) {
   sum = renormalized(s.hi, __fadd_rn(__fadd_rn(sum.lo, y.lo), s.lo));
 }
 
-constexpr int kBatch = 8;                    // loads in flight per thread
-constexpr long long kMostRows = 1ll << 27;   // that one thread may sum
+constexpr int kBatch = 8;                   // loads in flight per thread
+constexpr long long kMostRows = 1ll << 27;  // that one thread may sum
 constexpr int kSumThreads = 256;
 
-// The rows of a batch that lie below end; Full: all of them do. Chain: terms added before their sum joins `sum`, a divisor of kBatch.
+// The rows of a batch that lie below end; Full: all of them do. Chain, a divisor of kBatch: terms that are added before
+// their sum joins `sum`.
 template <int Chain, bool Full, typename Rows>
 __device__ __forceinline__ void sum_batch(const Rows& rows, long long row, long long end, long long step,
                                           long long column, TwoFloat (&sum)[Rows::kColumns]) {

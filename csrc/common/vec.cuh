@@ -43,13 +43,14 @@ __device__ __forceinline__ void unpack(const uint4& bits, float (&out)[kWide<T>]
 
 // ---- loaders: what a row pass reads, in `Raw` while the bytes are on their way and as kColumns floats after ----
 // A fused pass brings its own: `load` reads every operand at (row, column), `values` makes the terms of the sum and may
-// store other results there; it is called once for every row and column that exists.
+// store other results there; it is called once for every row and column that exists. kBlocksPerSm: how many blocks of 256
+// threads with eight loads in flight the registers of an SM hold.
 
 // Rows of unit column stride, each on 16 bytes, the number of columns a multiple of kColumns.
 template <typename T>
 struct WideRows {
   using Raw = uint4;
-  static constexpr int kColumns = kWide<T>;
+  static constexpr int kColumns = kWide<T>, kBlocksPerSm = 3;
   const T* data;
   long long row_stride;
 
@@ -65,7 +66,7 @@ struct WideRows {
 template <typename T>
 struct AnyRows {
   using Raw = T;
-  static constexpr int kColumns = 1;
+  static constexpr int kColumns = 1, kBlocksPerSm = 5;
   const T* data;
   long long row_stride, column_stride;
 

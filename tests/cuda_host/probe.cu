@@ -113,7 +113,9 @@ __global__ void fault_kernel(int fault, float* data) {
 
 extern "C" {
 
-int probe_warp(int* out, int threads) { return peft_kernels::launch(peft_kernels::warp_kernel, 1, threads, 0, nullptr, out); }
+int probe_warp(int* out, int threads) {
+  return peft_kernels::launch(peft_kernels::warp_kernel, 1, threads, 0, nullptr, out);
+}
 
 int probe_block(int* out, int blocks_x, int blocks_y, int threads) {
   const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
