@@ -127,7 +127,7 @@ def lossy_tree() -> torch.Tensor:
 @pytest.mark.parametrize("M", [1, 37, 517])
 @pytest.mark.parametrize("N", [1, 3, 8, 1000])
 def test_values(lib, M, N, layout, dtype):
-    for out in {dtype, torch.float32}:
+    for out in {dtype, torch.float32} if N in (3, 8) else {dtype}:
         check(lib, normal(M, N, dtype), out, layout)
 
 
