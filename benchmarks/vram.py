@@ -27,7 +27,7 @@ from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
 from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options
 from peft_kernels.memory.predict import Prediction, predict_memory
-from peft_kernels.memory.replay import Replay
+from peft_kernels.memory.replay import Replay, check_arch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -112,6 +112,7 @@ def answer(
     question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable, snapshot: Path | None = None
 ) -> list[Result]:
     """Estimate first, for all: what is wrong with the question shows before anything takes long."""
+    check_arch(question.arch)
     question.architecture.batch(question.batch, question.seq)
     results = [Result(method, question.estimate(method)) for method in chosen]
     for result in progress(results):

@@ -87,16 +87,22 @@ def step(
     return phases, forward.left
 
 
-def measure(question, method: Method, device: str, snapshot: Path | None = None) -> Replay:
-    """The step that the question describes, with real weights, on `device` ("cpu" or "cuda")."""
-    torch.manual_seed(0)
-    gc.collect()  # what the method before left is not this one's
+def _clear(device: str) -> None:
+    """Drop what nothing refers to any more, and what the allocator keeps of it, with its record of the most."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def measure(question, method: Method, device: str, snapshot: Path | None = None) -> Replay:
+    """The step that the question describes, with real weights, on `device` ("cpu" or "cuda")."""
+    torch.manual_seed(0)
+    _clear(device)  # what the method before left is not this one's
     with torch.device(device):  # where random weights are made in no time
         model = question.model(method)
     model = model.to(device).train()
+    _clear(device)  # nor is what making it took
     sizes = question.architecture.batch(question.batch, question.seq)
     batch = {name: tensor.to(device) for name, tensor in sizes.items()}
     optimizer = OPTIMIZERS[question.optimizer](p for p in model.parameters() if p.requires_grad)
@@ -120,7 +126,7 @@ class Deviation(NamedTuple):
         return 100 * abs(self.predicted - self.measured) / self.measured
 
     def __str__(self) -> str:
-        return f"{self.what} {self.predicted:,} bytes predicted, {self.measured:,} measured, {self.percent:.3g} % off"
+        return f"{self.what} {self.predicted:,} bytes predicted, {self.measured:,} measured, {self.percent:.4g} % off"
 
 
 def deviations(name: str, predicted: Replay, measured: Replay) -> list[Deviation]:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from test_memory import Toy, foreach
-from test_vram import SMALL, architectures, memory_methods, replay, vram, vram_report
+from test_vram import SMALL, architectures, memory_methods, replay, vram
 
 from benchmarks import vram_fits, vram_measure
 from peft_kernels import predict_memory
@@ -149,19 +149,6 @@ def test_a_method_without_prediction_is_estimated_and_measured(capsys, monkeypat
     assert "lora" in table and "full" not in table
 
 
-def test_sgd_has_no_states(capsys):
-    assert vram.main([*SMALL, "--method", "full", "--optimizer", "sgd"]) == 0
-    out = capsys.readouterr().out
-    assert "Estimated: 4 bytes per parameter and per gradient; all the rest is alpha" in out
-    assert "Adam" not in out.replace("adamw", "")
-    model = architectures.find("llama-2-7b")
-    asked = vram.Question(model, memory_methods.Options(), 1, 8, False, "sgd", 90)
-    one = vram.Result(vram.methods()["full"], asked.estimate(vram.methods()["full"]))
-    assert one.estimate.optimizer == 0 and one.estimate.total == 2 * one.estimate.weights
-    assert "full, were it 7e+09  7,000,000,000" in (table := vram_report.text(asked, [one]))
-    assert table.splitlines()[-1].split()[-4:] == ["13.04", "13.04", "-", "26.08"]
-
-
 def test_json_names_what_it_was_measured_on(tmp_path):
     path = tmp_path / "rows.json"
     for arguments, measured in ((SMALL, False), (MEASURE, True)):
@@ -226,6 +213,21 @@ def test_a_snapshot_is_of_the_measured_step(monkeypatch, tmp_path):
         ("dump", str(tmp_path / "one.pickle")),
         ("record", {"enabled": None}),
     ]
+
+
+def test_what_was_reserved_before_is_not_this_step_s(monkeypatch):
+    """The cache is emptied, and then the record of the most that was reserved: before a model is made, and after."""
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    vram_measure._clear("cpu")
+    assert calls == []
+    vram_measure._clear("cuda")
+    assert calls == ["empty_cache", "reset_peak_memory_stats"]
+    monkeypatch.setattr(vram_measure, "_clear", calls.append)
+    asked = vram.Question(architectures.find("minilm-l6"), memory_methods.Options(), 1, 8, False, "sgd", None)
+    vram_measure.measure(asked, vram.methods()["lora"], "cpu")
+    assert calls[2:] == ["cpu", "cpu"]
 
 
 def test_each_method_has_a_snapshot_of_its_own(monkeypatch, tmp_path):

@@ -1,10 +1,10 @@
-"""benchmarks/vram.py: what is wrong with its options, or with a configuration, is one line, before anything runs."""
+"""benchmarks/vram.py: what is wrong with its options, or with a configuration, is one line; what an option does."""
 
 import json
 from pathlib import Path
 
 import pytest
-from test_vram import SMALL, vram
+from test_vram import SMALL, architectures, memory_methods, vram, vram_report
 
 MEASURE = (*SMALL, "--measure", "cpu")
 
@@ -48,3 +48,16 @@ def test_a_configuration_that_is_of_no_use_is_one_line(config, message, capsys, 
     assert vram.main(["--model", str(path), "--method", "lora", "--seq", "8"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("vram: model ") and message in said and said.count("\n") == 1
+
+
+def test_sgd_has_no_states(capsys):
+    assert vram.main([*SMALL, "--method", "full", "--optimizer", "sgd"]) == 0
+    out = capsys.readouterr().out
+    assert "Estimated: 4 bytes per parameter and per gradient; all the rest is alpha" in out
+    assert "Adam" not in out.replace("adamw", "")
+    model = architectures.find("llama-2-7b")
+    asked = vram.Question(model, memory_methods.Options(), 1, 8, False, "sgd", 90)
+    one = vram.Result(vram.methods()["full"], asked.estimate(vram.methods()["full"]))
+    assert one.estimate.optimizer == 0 and one.estimate.total == 2 * one.estimate.weights
+    assert "full, were it 7e+09  7,000,000,000" in (table := vram_report.text(asked, [one]))
+    assert table.splitlines()[-1].split()[-4:] == ["13.04", "13.04", "-", "26.08"]

@@ -118,6 +118,7 @@ def test_files(tmp_path):
         ([*SMALL, "--seq", "513"], "seq is 513, but minilm-l6 has positions for 512 tokens at most"),
         ([*SMALL, "--batch", "0"], "batch 0 x 16: expected at least 1 x 1"),
         ([*SMALL, "--batch", str(2**50)], "overflows"),
+        ([*SMALL, "--arch", "9"], "arch is 9; expected a compute capability such as 90"),
         (["--model", "llama-2-7b", "--method", "bitfit"], "this model has no parameter named bias"),
     ],
 )
