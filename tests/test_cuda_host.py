@@ -18,6 +18,8 @@ REPORTS = {
     "write_past": "access 256 bytes from the start of a buffer of 256",
     "write_before": None,  # into the poison before the buffer: seen when it is freed
     "shared_past": "access 4096 bytes from the start of a shared object of 4096",
+    "dynamic_past": "access 256 bytes from the start of dynamic shared memory of 256",
+    "dynamic_before": "a write beside dynamic shared memory of 256 bytes",
     "unwritten": None,
     "no_barrier": None,
     "overflow": "undefined behaviour",

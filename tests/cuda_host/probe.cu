@@ -65,6 +65,8 @@ enum Fault {
   kWritePast,
   kWriteBefore,
   kSharedPast,
+  kDynamicPast,
+  kDynamicBefore,
   kUnwritten,
   kNoBarrier,
   kOverflow,
@@ -97,6 +99,10 @@ __global__ void fault_kernel(int fault, float* data) {
   } else if (fault == kSharedPast) {
     int* values = slots.value;
     values[thread + 1024 - 63] = 0;
+  } else if (fault == kDynamicPast) {
+    dynamic_shared()[thread + 193] = 0;
+  } else if (fault == kDynamicBefore) {
+    *(dynamic_shared() - 1) = 0;
   } else if (fault == kUnwritten) {
     data[thread] = __uint_as_float(static_cast<unsigned>(slots.value[thread]));
   } else if (fault == kNoBarrier) {
@@ -131,6 +137,6 @@ int probe_convert(const float* in, unsigned short* bf16, unsigned short* half, f
 }
 
 int probe_fault(int fault, float* data) {
-  return peft_kernels::launch(peft_kernels::fault_kernel, 1, 64, 0, nullptr, fault, data);
+  return peft_kernels::launch(peft_kernels::fault_kernel, 1, 64, 256, nullptr, fault, data);
 }
 }

@@ -180,6 +180,8 @@ void run_block(size_t threads) {
   }
   for (const auto& [key, memory] : objects)
     if (!memory.intact()) fail("a write beside a shared object of %zu bytes", memory.bytes);
+  for (const auto& [key, memory] : dynamic)
+    if (!memory.intact()) fail("a write beside dynamic shared memory of %zu bytes", memory.bytes);
 }
 
 // ---- faults ----
@@ -195,6 +197,9 @@ void on_signal(int signal, siginfo_t* info, void*) {
   for (const auto& [key, memory] : objects)
     if (memory.holds(address))
       fail("access %td bytes from the start of a shared object of %zu", address - memory.begin, memory.bytes);
+  for (const auto& [key, memory] : dynamic)
+    if (memory.holds(address))
+      fail("access %td bytes from the start of dynamic shared memory of %zu", address - memory.begin, memory.bytes);
   fail("access to %p, which is no buffer's", info->si_addr);
 }
 

@@ -4,7 +4,8 @@
 // What it shows that a GPU may hide: a barrier or collective that not all threads reach (an error, with the lines where
 // they wait), an access outside a buffer of simt_alloc or outside shared memory, a misaligned or otherwise undefined
 // access (the build traps on UBSan's findings), shared memory read before it is written (it holds NaN), and, run in
-// reverse order as well, a missing barrier. What it cannot show: races inside a warp, memory ordering, speed.
+// reverse order as well, a missing barrier. What it cannot show: races inside a warp, memory ordering, speed. A thread that
+// spins until another one writes hangs it: threads change places at barriers and collectives alone.
 //
 // What is missing here and a kernel needs, belongs here: everything that the lanes of a warp do together is one
 // warp_collective, as __shfl_sync below and mma_host.h are.
