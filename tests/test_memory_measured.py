@@ -19,7 +19,7 @@ MEASURE = (*SMALL, "--measure", "cpu")
 def answered() -> vram.Result:
     """A step predicted and measured."""
     options = memory_methods.Options(dtype=torch.float32)
-    asked = vram.Question(architectures.find("minilm-l6"), options, 2, 16, False, "adamw", None)
+    asked = vram.Question(architectures.find("shallow"), options, 2, 16, False, "adamw", None)
     return vram.answer(asked, [vram.methods()["lora"]], "cpu", list)[0]
 
 
@@ -225,7 +225,7 @@ def test_what_was_reserved_before_is_not_this_step_s(monkeypatch):
     vram_measure._clear("cuda")
     assert calls == ["empty_cache", "reset_peak_memory_stats"]
     monkeypatch.setattr(vram_measure, "_clear", calls.append)
-    asked = vram.Question(architectures.find("minilm-l6"), memory_methods.Options(), 1, 8, False, "sgd", None)
+    asked = vram.Question(architectures.find("shallow"), memory_methods.Options(), 1, 8, False, "sgd", None)
     vram_measure.measure(asked, vram.methods()["lora"], "cpu")
     assert calls[2:] == ["cpu", "cpu"]
 
@@ -233,7 +233,7 @@ def test_what_was_reserved_before_is_not_this_step_s(monkeypatch):
 def test_each_method_has_a_snapshot_of_its_own(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(vram_measure, "measure", lambda question, method, device, file: seen.append(file))
-    asked = vram.Question(architectures.find("minilm-l6"), memory_methods.Options(), 1, 8, False, "adamw", 90)
+    asked = vram.Question(architectures.find("shallow"), memory_methods.Options(), 1, 8, False, "adamw", 90)
     monkeypatch.setattr(vram.Question, "predict", lambda *args: None)
     for names in (["lora"], ["full", "lora"]):
         vram.answer(asked, [vram.methods()[name] for name in names], "cuda", list, tmp_path / "a.b.pickle")
