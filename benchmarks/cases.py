@@ -6,19 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import lora_linear, lora_memory, measure
+from .failures import FAILURES, because
 from .held import memory
 from .lora_linear import LoRACase
 from .measure import PARTS, Contender, Effort, Timing
 from .memory_methods import Method
 from .rows import Row, make_row
-
-try:
-    from triton.errors import TritonError
-
-    FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TritonError)
-except ImportError:
-    FAILURES = (RuntimeError, ValueError)
-"""What a contender may raise without ending the run: its row then says so (out of memory is a RuntimeError)."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +82,6 @@ def _status(errors: dict[str, float]) -> str:
     return "wrong values: " + ", ".join(f"{name} {error:.3g}x its bound" for name, error in wrong.items())
 
 
-def _failure(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 @dataclass
 class Result:
     """What is known of one contender of a case; status is "ok" or why it is not timed."""
@@ -118,7 +105,7 @@ def _examine(contender: Contender, device: str) -> Result:
             result.peak, result.status = held.peak, f"leaks {held.left} bytes a step" if held.left > 0 else "ok"
             result.saved = contender.saved() if contender.saved else None
     except FAILURES as error:
-        return Result(contender, _failure(error))
+        return Result(contender, because(error))
     return result
 
 
@@ -140,7 +127,7 @@ def _attempt(contenders: Sequence[Contender], start: Callable[[Contender], objec
         try:
             started[contender.name] = start(contender)
         except FAILURES as error:
-            failed[contender.name] = _failure(error)
+            failed[contender.name] = because(error)
     return started, failed
 
 
