@@ -2,6 +2,7 @@
 
 import importlib
 
+from .kernels.bias_grad.autograd import bias_linear
 from .kernels.lora_linear.autograd import lora_linear
 from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapter, trainable_parameters, unmerge
@@ -14,6 +15,7 @@ __all__ = [
     "FusedLoRALinear",
     "LoraConfig",
     "accelerate",
+    "bias_linear",
     "coverage",
     "delete_adapter",
     "disable_adapter",

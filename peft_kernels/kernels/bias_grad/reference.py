@@ -1,0 +1,30 @@
+"""The bias gradient's maths: dbias = the column sums of dy, in plain PyTorch.
+
+For y = x @ weight.T + bias, the gradient of the bias is the sum of dy over its rows; in a model whose biases alone
+train (BitFit, Ben Zaken et al. 2021, arXiv 2106.10199) it is the only parameter gradient there is.
+"""
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of `dtype` are carried in: fp64 for fp64, fp32 for all else."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check(dy: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless dy is [M, N] and `dtype` its own or its accumulator's."""
+    if dy.dim() != 2:
+        raise ValueError(f"bias_grad: dy has shape {list(dy.shape)}; expected two dimensions, [M, N]")
+    if dtype not in (dy.dtype, accumulator(dy.dtype)):
+        raise ValueError(f"bias_grad: dtype is {dtype}; expected {dy.dtype} as dy, or {accumulator(dy.dtype)}")
+
+
+def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy [M, N], any strides -> dbias [N] in `dtype`: summed in fp32 (fp64 for fp64), rounded once; zeros where M is 0.
+
+    `dtype` is dy's own, or float32 (float64 for fp64).
+    """
+    check(dy, dtype)
+    return dy.sum(0, dtype=accumulator(dy.dtype)).to(dtype)
