@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton, which is o
 import aot
 
 from peft_kernels.kernels._shared import sums
+from peft_kernels.kernels.bias_grad import triton_impl as bias_grad
 from peft_kernels.kernels.lora_linear import triton_impl, triton_launch
 from peft_kernels.kernels.lora_linear.configs import force, pick_config
 from peft_kernels.kernels.lora_linear.parts import PARTS, Part
@@ -154,6 +155,33 @@ def test_every_gemm_tile_of_the_table(arch, monkeypatch):
             compiled = aot.compile_launch(launch, arch)
             _check_limits(compiled, part, str(tile))
             assert compiled.shared <= shared_bytes("gemm", tile, R, 2, part), tile
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", PARTS)
+def test_column_sums(arch, dtype):
+    """bias_grad's two kernels: wide, narrow, narrower than a 16-byte load, in fp32 and in dy's dtype."""
+    part, out = PARTS[arch], torch.float32
+    for shape, transposed in (
+        ((M, N), False),
+        ((M, 64), False),
+        ((M, N), True),
+        ((1_000_000, 3), False),
+        ((16, N), False),
+    ):
+        dy = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device="meta")
+        with aot.recording(bias_grad) as launches:
+            bias_grad.bias_grad(dy.t() if transposed else dy, out)
+        assert len(launches) == (1 if shape[0] == 16 else 2)
+        for launch in launches:
+            compiled = aot.compile_launch(launch, arch)
+            what = f"{launch.kernel.__name__} {list(shape)} {launch.keywords}"
+            _check_limits(compiled, part, what)
+            assert compiled.registers <= 128, f"{what}: {compiled.registers} registers leave fewer than four blocks"
+            if shape[1] > 3:
+                wide = ("global_load_dwordx4", "buffer_load_dwordx4") if arch == "gfx942" else ("LDG.E.128",)
+                assert compiled.count(*wide), f"{what}: no 128-bit load"
+        out = dtype
 
 
 def test_the_tile_that_research_found_too_large_is_rejected():
