@@ -1,16 +1,17 @@
 """The table of cases: which shapes of which primitive are measured where, and how one case becomes rows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import lora_linear, lora_memory, measure
 from .failures import FAILURES, because
-from .held import memory
+from .held import leaked, memory
 from .lora_linear import LoRACase
-from .measure import PARTS, Contender, Effort, Timing
+from .measure import PARTS, Contender, Effort
 from .memory_methods import Method
+from .part_times import Result, Timed, time_part
 from .rows import Row, make_row
 
 
@@ -82,17 +83,6 @@ def _status(errors: dict[str, float]) -> str:
     return "wrong values: " + ", ".join(f"{name} {error:.3g}x its bound" for name, error in wrong.items())
 
 
-@dataclass
-class Result:
-    """What is known of one contender of a case; status is "ok" or why it is not timed."""
-
-    contender: Contender
-    status: str = "ok"
-    error: float | None = None
-    peak: int | None = None  # of forward and backward together
-    saved: int | None = None
-
-
 def _examine(contender: Contender, device: str) -> Result:
     """Values first, then what a step leaves behind: nothing is timed that is wrong or leaks."""
     if contender.missing:
@@ -101,55 +91,16 @@ def _examine(contender: Contender, device: str) -> Result:
         errors = contender.check() if contender.check else {}
         result = Result(contender, _status(errors), max(errors.values(), default=None))
         if result.status == "ok":
-            held = memory(contender, "both", device)
-            result.peak, result.status = held.peak, f"leaks {held.left} bytes a step" if held.left > 0 else "ok"
+            result.peak = memory(contender, "both", device).peak
+            left = leaked(contender.step, device)
+            result.status = f"leaks {left} bytes a step" if left else "ok"
             result.saved = contender.saved() if contender.saved else None
     except FAILURES as error:
         return Result(contender, because(error))
     return result
 
 
-@dataclass
-class _Timed:
-    """One part of a case, timed in one way; `failed`: why a contender that is sound has no times."""
-
-    part: str
-    timing: str
-    times: Mapping[str, Timing]
-    failed: dict[str, str]
-    peaks: Mapping[str, int | None]
-
-
-def _attempt(contenders: Sequence[Contender], start: Callable[[Contender], object]) -> tuple[dict, dict[str, str]]:
-    """start(contender) of each by name, and why some could not."""
-    started, failed = {}, {}
-    for contender in contenders:
-        try:
-            started[contender.name] = start(contender)
-        except FAILURES as error:
-            failed[contender.name] = because(error)
-    return started, failed
-
-
-def _time_part(results: Sequence[Result], part: str, device: str, effort: Effort, graphs: bool) -> Iterator[_Timed]:
-    """ "wall" on a CPU; on a GPU "eager" and "graph"."""
-    sound = [one.contender for one in results if one.status == "ok" and (part == "both" or one.contender.forward)]
-    if part == "both":
-        peaks = {result.contender.name: result.peak for result in results}
-    else:
-        peaks, _ = _attempt(sound, lambda contender: memory(contender, part, device).peak)
-    steps, failed = _attempt(sound, lambda contender: contender.begin(part))
-    if device != "cuda":
-        yield _Timed(part, "wall", measure.time_cpu(steps, effort), failed, peaks)
-        return
-    yield _Timed(part, "eager", measure.time_cuda(steps, effort), failed, peaks)
-    del steps  # a backward's steps hold what its forwards saved
-    if graphs:
-        captured, failed = _attempt(sound, lambda contender: measure.capture(contender, part))
-        yield _Timed(part, "graph", measure.time_graphs(captured, effort), failed, peaks)
-
-
-def _times(timed: _Timed, contender: Contender, floor: str) -> dict[str, object]:
+def _times(timed: Timed, contender: Contender, floor: str) -> dict[str, object]:
     """A contender's columns of times and ratios."""
     times, name = timed.times, contender.name
     if name not in times:
@@ -167,7 +118,7 @@ def _times(timed: _Timed, contender: Contender, floor: str) -> dict[str, object]
     return values
 
 
-def _case_rows(primitive: str, case, results: Sequence[Result], timed: _Timed, where: dict[str, str]) -> Iterator[Row]:
+def _case_rows(primitive: str, case, results: Sequence[Result], timed: Timed, where: dict[str, str]) -> Iterator[Row]:
     floor = next((r.contender.name for r in results if r.contender.role == "floor"), "")
     for result in results:
         contender = result.contender
@@ -216,6 +167,6 @@ def run_case(
     rows, where = [], env | {"seed": str(seed)}
     for part in parts:
         spent = effort if part == "both" else replace(effort, seconds=effort.seconds / 4)
-        for timed in _time_part(results, part, device, spent, graphs):
+        for timed in time_part(results, part, device, spent, graphs):
             rows += _case_rows(primitive, case, results, timed, where)
     return rows

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -17,6 +17,7 @@ from peft_kernels.kernels.lora_linear import configs
 from peft_kernels.kernels.lora_linear.op import general_because
 
 from .environment import version
+from .failures import FAILURES, because
 from .held import saved_bytes
 from .lora_linear_check import SCALING, Build, Inputs, Layer, LoRACase, forward, make_inputs, step, value_errors
 from .measure import Contender, input_sets
@@ -178,8 +179,17 @@ def work(sizes: dict[str, float], dtype: str, floor: bool) -> tuple[float, float
     return sum(one["bytes"] for one in parts), sum(one["flops"] for one in parts)
 
 
-def of_layers(layers: Iterable[tuple[int, int]], M: int, R: int, dtype: torch.dtype, dropout: float) -> list[LoRACase]:
-    """The cases of a model's linear layers, each given as its (in, out) features."""
+def of_layers(
+    layers: Collection[tuple[int, int]], M: int, R: int, dtype: torch.dtype, dropout: float
+) -> list[LoRACase]:
+    """The cases of a model's linear layers, each given as its (in, out) features.
+
+    Raises:
+        ValueError: R is over a layer's smaller side.
+    """
+    most = min(map(min, layers))
+    if not 1 <= R <= most:
+        raise ValueError(f"rank is {R}; expected 1 to {most}, the smaller side of the model's smallest linear layer")
     return [LoRACase(M, N, K, R, dtype, dropout) for K, N in layers]
 
 
@@ -193,7 +203,11 @@ def contenders(case: LoRACase, device: str, seed: int = 0) -> list[Contender]:
         if name.startswith("PEFT") and version("peft") == "none":
             contender.missing = "not installed: pip install peft"
             continue
-        layers = [build(case, inputs) for inputs in sets]
+        try:
+            layers = [build(case, inputs) for inputs in sets]
+        except FAILURES as error:
+            contender.missing = because(error)
+            continue
         contender.step = lambda i, layers=layers: step(layers[i % len(sets)], sets[i % len(sets)])
         contender.check = lambda layers=layers: value_errors(case, sets[0], layers[0])
         if not name.endswith("compile"):  # its graph keeps tensors that no hook sees, and frees them in its backward
