@@ -134,11 +134,11 @@ def bitfit_estimate(model: nn.Module, options: Options) -> Estimate:
     """Every bias, and nothing else.
 
     Raises:
-        ValueError: the model has none.
+        Unsuited: the model has none.
     """
     biases = [p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     if not biases:
-        raise ValueError("bitfit trains biases, and this model has no parameter named bias")
+        raise Unsuited("bitfit trains biases, and this model has no parameter named bias")
     width = options.dtype.itemsize
     return by_formula(sum(biases), parameters(model) * width, width)
 

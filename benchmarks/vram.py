@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its pa
 from benchmarks import cases, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
-from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options
+from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options, Unsuited
 from peft_kernels.memory.predict import Prediction, predict_memory
 from peft_kernels.memory.replay import Replay, check_arch
 
@@ -51,7 +51,7 @@ class Result:
     """All that is known of one method."""
 
     method: Method
-    estimate: Estimate
+    estimate: Estimate | None  # None where the model is not one for the method
     prediction: Prediction | None = None
     measured: Replay | None = None
     notes: list[str] = field(default_factory=list)
@@ -108,14 +108,32 @@ class Question:
             raise ValueError(f"model {self.architecture.name}: transformers cannot build it: {why}") from error
 
 
+def _estimated(question: Question, chosen: Sequence[Method]) -> list[Result]:
+    """A result for each method, with its estimate, or a note where the model is not one for it.
+
+    Raises:
+        ValueError: the question is wrong for every method that it is about, or no method is for this model.
+    """
+    results, last = [], None
+    for method in chosen:
+        try:
+            results.append(Result(method, question.estimate(method)))
+        except Unsuited as error:
+            results.append(Result(method, None, notes=[f"no estimate: {one_line(error)}"], failed=True))
+            last = error
+    if last and all(result.failed for result in results):
+        raise last
+    return results
+
+
 def answer(
     question: Question, chosen: Sequence[Method], measure: str | None, progress: Callable, snapshot: Path | None = None
 ) -> list[Result]:
     """Estimate first, for all: what is wrong with the question shows before anything takes long."""
     check_arch(question.arch)
     question.architecture.batch(question.batch, question.seq)
-    results = [Result(method, question.estimate(method)) for method in chosen]
-    for result in progress(results):
+    results = _estimated(question, chosen)
+    for result in progress([result for result in results if result.estimate]):
         method = result.method
         if method.adapt is None:
             result.notes.append(f"estimate only: its prediction comes with the primitive {method.comes_with}")

@@ -45,6 +45,8 @@ def rows(results) -> Iterator[dict[str, object]]:
     """One row per method, source and phase; bytes by kind, allocated and reserved. `peak` is the phases' worst."""
     for result in results:
         one = result.estimate
+        if one is None:
+            continue
         yield {"method": result.method.name, "source": "estimate", "phase": "sum", **one.kinds, "allocated": one.total}
         replays = {"predicted": result.prediction and result.prediction.replay, "measured": result.measured}
         for source, replay in replays.items():
@@ -59,6 +61,8 @@ def _estimates(question, results) -> str:
     lines = []
     for result in results:
         one = result.estimate
+        if one is None:
+            continue
         sums = (*one.kinds.values(), one.total)
         lines.append((result.method.name, f"{one.trained:,}", *(_gib(size) for size in sums)))
     nominal, width = question.architecture.nominal, question.options.dtype.itemsize

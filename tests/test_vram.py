@@ -131,11 +131,31 @@ def test_what_is_wrong_is_said_before_anything_runs(arguments, message, capsys, 
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_config_file(tmp_path, capsys):
+def without_biases(tmp_path) -> str:
+    """A model of one layer in which nothing is named bias."""
     config = architectures.find("smollm2-135m").config
     config.num_hidden_layers = 1
     config.save_pretrained(tmp_path / "tiny")
-    assert vram.main(["--model", str(tmp_path / "tiny" / "config.json"), "--method", "lora", "--seq", "8"]) == 0
+    return str(tmp_path / "tiny" / "config.json")
+
+
+def test_a_method_that_the_model_is_not_made_for_leaves_the_others(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "rows.csv"
+    model = ("--model", without_biases(tmp_path), "--seq", "8")
+    assert vram.main([*model, "--method", "bitfit", "lora", "--csv", str(path)]) == 1
+    said = capsys.readouterr()
+    assert "bitfit: no estimate: bitfit trains biases, and this model has no parameter named bias\n" in said.out
+    assert re.search(r"lora +predicted +load ", said.out) and "vram:" not in said.err
+    assert {row["method"] for row in csv.DictReader(path.open())} == {"lora"}
+    monkeypatch.setattr(vram, "predict_memory", None)
+    assert vram.main([*model, "--method", "bitfit", "bitfit"]) == 2  # nothing is left to show
+    assert vram.main([*model, "--method", "bitfit", "lora", "--rank", "9999"]) == 2  # which no method can have
+    said = capsys.readouterr()
+    assert said.out == "" and "this model has no parameter named bias\nvram: rank is 9999; expected 1 to" in said.err
+
+
+def test_a_config_file(tmp_path, capsys):
+    assert vram.main(["--model", without_biases(tmp_path), "--method", "lora", "--seq", "8"]) == 0
     assert capsys.readouterr().out.startswith("tiny: bfloat16 base, batch 1 x 8 tokens")
 
 
