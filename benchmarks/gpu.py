@@ -20,7 +20,7 @@ from peft_kernels._core import native
 
 from . import environment, rows, summary
 from .cases import PRIMITIVES
-from .steps import FAILED, NOT_RUN, OVERRAN, Outcome, Step, run_steps
+from .steps import BEFORE, DONE, FAILED, NOT_RUN, OVERRAN, Outcome, Step, log_of, run_steps
 
 _PY = sys.executable
 _BUILD = ("-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", "-e", ".")
@@ -66,19 +66,8 @@ def _test_steps(device: str, only: Sequence[str], quick: bool) -> list[Step]:
             command = (*pytest, "--implementation", name, *files)
             found.append(Step(f"values {primitive} {name}", command, budget))
     # Tests of code that never meets the device, or that compile for others, have their place in `make test`.
-    names = (
-        "aot",
-        "mutation",
-        "demo",
-        "benchmarks",
-        "fake_gpu",
-        "run_case",
-        "throughput",
-        "memory*",
-        "vram",
-        "plot",
-        "step",
-    )
+    names = ("aot", "*mutation", "demo", "benchmarks", "fake_gpu", "run_case", "throughput", "cuda_*")
+    names += ("memory*", "vram*", "plot", "step*")
     apart = tuple(f"--ignore-glob=tests/test_{name}.py" for name in names)
     public = (*pytest, "--implementation", "device", "tests", *apart)
     return [*found, Step("public functions", public, budget, stops=(FAILED,))]
@@ -88,7 +77,7 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
     """Ceilings, then for each primitive its tuning, if asked for, and its suite on what the tuning found."""
     where = ("--device", device)
     found = [Step("ceilings", (_PY, "-m", "benchmarks.ceilings", *where, "--out", str(work)), 60, stops=(FAILED,))]
-    flags = ("--quick",) * quick + ("--force",) * force
+    flags = ("--quick",) * quick + ("--force",) * (force or tune)  # what was measured before was with other tiles
     for primitive in only:
         env = {}
         if tune and device == "cuda":
@@ -124,8 +113,9 @@ def _memory_steps(device: str, work: Path) -> list[Step]:
     return found
 
 
-def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Path]:
-    """Merge what this version measured into `out`: a result file is replaced whole or not at all."""
+def publish(work: Path, out: Path, only: Sequence[str], source: str, outcomes: Sequence[Outcome]) -> list[Path]:
+    """Merge what this version measured into `out`: a result file is replaced whole or not at all. Beside the rows, the
+    files of the steps that are done."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in (*only, "step"):
@@ -133,12 +123,22 @@ def publish(work: Path, out: Path, only: Sequence[str], source: str) -> list[Pat
         if found:
             rows.write(out / f"{name}.csv", found)
             written.append(out / f"{name}.csv")
-    others = ("ceilings.json", "memory_*.csv", "*_over_floor.png", "*_roofline.png")
-    for pattern in (*others, *(f"{primitive}_configs.json" for primitive in only)):
-        for path in sorted(work.glob(pattern)):
+    for one in outcomes:
+        kind, _, name = one.name.partition(" ")
+        pattern = {"ceilings": "ceilings.json", "tune": f"{name}_configs.json", "memory": f"memory_{name}.csv"}
+        pattern["pictures"] = "*.png"
+        for path in sorted(work.glob(pattern[kind])) if kind in pattern and one.status in (DONE, BEFORE) else ():
             shutil.copyfile(path, out / path.name)
             written.append(out / path.name)
     return written
+
+
+def _verdict(work: Path, one: Outcome) -> str:
+    """The last line of a memory step's log: how far measured is from predicted."""
+    log = log_of(work, one.name)
+    if not one.name.startswith("memory") or not log.exists():
+        return ""
+    return ([""] + log.read_text(errors="replace").splitlines())[-1]
 
 
 def _report(device: str, work: Path, only: Sequence[str], source: str, outcomes: Sequence[Outcome]) -> str:
@@ -146,7 +146,9 @@ def _report(device: str, work: Path, only: Sequence[str], source: str, outcomes:
     for primitive in only:
         found = [row for row in rows.read(work / f"{primitive}.csv") if row["source"] == source]
         parts += [f"\n{primitive}: time over the floor\n", summary.table(found), *summary.problems(found)]
-    lines = [(one.name, one.status, f"{one.seconds:.0f} s", one.note) for one in outcomes]
+    steps = [row for row in rows.read(work / "step.csv") if row["source"] == source]
+    parts += ["\na training step\n", summary.training(steps)]
+    lines = [(one.name, one.status, f"{one.seconds:.0f} s", one.note or _verdict(work, one)) for one in outcomes]
     return "\n".join([*parts, "", rows.markdown(("step", "status", "took", ""), lines)])
 
 
@@ -179,7 +181,7 @@ def main() -> int:
     steps = [_build_step(device, root), *_test_steps(device, only, options.quick)]
     steps += _measure_steps(device, only, work, options.tune, options.quick, options.force)
     outcomes = run_steps(steps, work, source, root, options.limit, options.force)
-    written = publish(work, Path(out) / slug, only, source)
+    written = publish(work, Path(out) / slug, only, source, outcomes)
     print("\n" + _report(device, work, only, source, outcomes))
     print("\n".join(f"wrote {path}" for path in written) + f"\nlogs in {work / 'logs'}")
     if environment.source_hash() != source:

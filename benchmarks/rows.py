@@ -1,6 +1,7 @@
 """Result rows: one CSV schema for every primitive, written whole or not at all, and the tables printed from it."""
 
 import csv
+import errno
 import io
 import os
 import tempfile
@@ -92,6 +93,19 @@ def csv_bytes(columns: Sequence[str], lines: Iterable[dict]) -> bytes:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue().encode()
+
+
+def make_room(path: Path) -> None:
+    """Make a file's folder.
+
+    Raises:
+        OSError: no file can be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; expected a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent):
+        pass
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -54,6 +54,11 @@ class Journal:
         return {"source": self._source, "command": list(step.command), "env": step.env}
 
 
+def log_of(folder: Path, name: str) -> Path:
+    """Where a step of this name writes what it prints."""
+    return folder / "logs" / f"{name.replace(' ', '-')}.log"
+
+
 def _run(step: Step, log: Path, seconds: float, cwd: Path) -> tuple[str, str]:
     """(status, note) of one command; its whole process group ends with it."""
     with log.open("w") as file:
@@ -100,7 +105,7 @@ def run_steps(
         elif left < _LEAST_SECONDS:
             outcomes.append(Outcome(step.name, NOT_RUN, note=f"the whole run's {limit:.0f} s are spent"))
         else:
-            log = folder / "logs" / f"{step.name.replace(' ', '-')}.log"
+            log = log_of(folder, step.name)
             started = time.monotonic()
             status, note = _run(step, log, min(step.budget, left), cwd)
             outcomes.append(Outcome(step.name, status, time.monotonic() - started, note))

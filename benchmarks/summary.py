@@ -50,11 +50,23 @@ def table(found: Sequence[Row]) -> str:
     return rows.markdown(("case", "dtype", "timing", "part", "floor ms", *names, "peak MiB ours/peer"), lines)
 
 
+def is_fault(row: Row) -> bool:
+    """Whether a row says that something is wrong, and not only that a peer is missing or does not fit."""
+    ours = row["role"] != "peer" and row["status"] != "ok"
+    return ours or row["status"].startswith(("wrong values", "leaks"))
+
+
 def problems(found: Sequence[Row]) -> list[str]:
     """Every row that is not "ok", in words; of one contender's parts once."""
     bad = [row for row in found if row["status"] != "ok"]
     lines = (f"{row['dtype']} {row['case']} {row['timing']} {row['contender']}: {row['status']}" for row in bad)
     return list(dict.fromkeys(lines))
+
+
+def training(found: Sequence[Row]) -> str:
+    """The training step's methods: time, over the frozen step, and what each needs."""
+    names = ("contender", "case", "ms_p50", "ratio_floor", "peak_bytes", "status")
+    return rows.markdown(names, ([row[name] for name in names] for row in found)) if found else "no rows"
 
 
 def ceilings(path: Path) -> str:

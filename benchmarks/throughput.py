@@ -26,17 +26,24 @@ from benchmarks.rows import Row
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def current(found: Sequence[Row], env: dict[str, str]) -> list[Row]:
-    """The rows of these sources on this device."""
-    return [row for row in found if (row["source"], row["device"]) == (env["source"], env["device"])]
+_SAME = ("device", "threads", *(name for name in rows.WHERE if name not in ("commit", "date")))
+"""Columns in which a measurement that is done must be as one that would be made now."""
 
 
-def pending(chosen: Sequence, found: Sequence[Row], env: dict[str, str], parts: Sequence[str]) -> list:
-    """The cases of which the rows lack a part for these sources on this device."""
-    done = {(row["case"], row["dtype"], row["part"]) for row in current(found, env)}
+def current(found: Sequence[Row], env: dict[str, str], rounds: int) -> list[Row]:
+    """The rows that need not be measured again: of these sources, versions, seed and device, and as many rounds."""
+    same = [row for row in found if all(row[name] == env.get(name, "") for name in _SAME)]
+    return [row for row in same if row["status"] != "ok" or int(row["samples"]) >= rounds]
+
+
+def pending(chosen: Sequence, done: Sequence[Row], parts: Sequence[str]) -> list:
+    """The cases of which the rows lack a part, or the compiled peers."""
+    found = {(row["case"], row["dtype"], row["part"]) for row in done}
+    compiled = {(row["case"], row["dtype"]) for row in done if row["contender"].endswith("torch.compile")}
 
     def lacks(case) -> bool:
-        return any((case.label, str(case.dtype).removeprefix("torch."), part) not in done for part in parts)
+        key = case.label, str(case.dtype).removeprefix("torch.")
+        return (case.compiled and key not in compiled) or any((*key, part) not in found for part in parts)
 
     return [case for case in chosen if lacks(case)]
 
@@ -73,15 +80,17 @@ def chosen_cases(primitive: str, args: argparse.Namespace) -> list:
         for M in args.rows:
             for R in args.rank:
                 found += mine.of_layers(layers, M, R, _DTYPES[args.dtype], args.dropout)
-    if args.compile:
-        found = [replace(case, compiled=True) for case in found]
-    return list({(case.label, case.dtype): case for case in found}.values())
+    unique: dict = {}
+    for case in found:
+        twin = unique.get((case.label, case.dtype), case)
+        unique[case.label, case.dtype] = replace(case, compiled=args.compile or case.compiled or twin.compiled)
+    return list(unique.values())
 
 
 def run(primitive: str, chosen: Sequence, args: argparse.Namespace, env: dict[str, str]) -> list[Row]:
     """Every case's rows, written to the file case by case."""
     cuda, found = args.device == "cuda", []
-    effort = Effort(args.rounds or (10 if args.quick else 50 if cuda else 5), 2.0 if cuda else 0.1)
+    effort = Effort(args.rounds, (0.2 if args.quick else 2.0) if cuda else 0.1)
     for case in tqdm(chosen, unit="case", desc=primitive, dynamic_ncols=True, disable=not chosen):
         tqdm.write(f"{primitive} {str(case.dtype).removeprefix('torch.')} {case.label}")
         mine = cases.run_case(primitive, case, args.device, env, effort, parts=args.parts, seed=args.seed)
@@ -116,7 +125,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="peers under torch.compile too: some seconds a case")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="default: 50 on a GPU, 5 on a CPU, 10 with --quick")
+    parser.add_argument("--rounds", type=int, help="at least; default: 50 on a GPU, 5 on a CPU, 10 with --quick")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--csv", type=Path, help="merge the rows into this file, or <primitive>.csv of this folder")
     parser.add_argument("--quick", action="store_true", help="without the suite's largest shapes, fewer rounds")
@@ -140,12 +149,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--csv {args.csv} is one file for {len(args.primitive)} primitives; expected a folder")
     args.parts = [part for part in PARTS if part in args.parts]
     args.suite = args.suite or (None if args.model else "gpu" if args.device == "cuda" else "cpu")
+    args.rounds = args.rounds or (10 if args.quick else 50 if args.device == "cuda" else 5)
+    for path in [_file(args.csv, name) for name in args.primitive] if args.csv else ():
+        try:
+            rows.make_room(path)
+            rows.read(path)
+        except (OSError, ValueError) as error:
+            parser.error(f"--csv {args.csv}: {error}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    env, bad = environment.environment(args.device), []
+    env, bad = environment.environment(args.device) | {"seed": str(args.seed)}, []
     for primitive in args.primitive:
         try:
             chosen = chosen_cases(primitive, args)
@@ -154,14 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         path = args.csv and _file(args.csv, primitive)
         labels = {case.label for case in chosen}
-        before = rows.read(path) if path and not args.force else []
-        found = run(primitive, pending(chosen, before, env, args.parts), args, env)
-        found = rows.merge((row for row in current(before, env) if row["case"] in labels), found)
+        done = current(rows.read(path), env, args.rounds) if path and not args.force else []
+        found = run(primitive, pending(chosen, done, args.parts), args, env)
+        found = rows.merge((row for row in done if row["case"] in labels and row["part"] in args.parts), found)
         print(f"\n{primitive} on {environment.describe(args.device)}: time over the floor\n")
         print(summary.table(found))
-        bad += summary.problems(found)
-    print("\n".join(bad))
-    return 1 if any("wrong values" in line or "leaks" in line for line in bad) else 0
+        print("\n".join(summary.problems(found)))
+        bad += [row for row in found if summary.is_fault(row)]
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last, so that an installed peft_kernels stays the one that is tested
 
-from benchmarks import environment, measure, rows, steps, tune  # noqa: E402
+from benchmarks import environment, gpu, measure, rows, steps, summary, tune  # noqa: E402
 from benchmarks.lora_linear_check import LoRACase  # noqa: E402
 from benchmarks.measure import Effort, Timing  # noqa: E402
 from peft_kernels.kernels.lora_linear import configs  # noqa: E402
@@ -29,6 +29,7 @@ def test_ratio_is_paired_and_its_interval_holds_the_median():
     drift = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
     found = measure.ratio(Timing([3 * ms for ms in drift]), Timing(drift))
     assert (found.median, found.low, found.high) == (3, 3, 3)
+    assert measure.ratio(Timing([1.0, 2.0, 9.0]), Timing([9.0, 1.0, 3.0])).median == 2  # 1/9, 2/1, 9/3
     found = measure.ratio(Timing([float(i) for i in range(1, 101)]), Timing([1.0] * 100))
     assert found.median == 50.5 and 40 <= found.low <= 42 and 59 <= found.high <= 61
 
@@ -48,6 +49,8 @@ def test_rows_merge_by_key_and_refuse_other_columns(tmp_path):
     rows.write(path, [one | {"ms_p50": "2"}])
     assert [(row["case"], row["ms_p50"]) for row in rows.read(path)] == [("M=1", "2"), ("M=2", "")]
     assert [file.name for file in path.parent.iterdir()] == ["planted.csv"]
+    for name in rows.KEY:  # rows of another device, another way of timing, ... are other rows
+        assert len(rows.merge([one], [one | {name: "other"}])) == 2, name
     with pytest.raises(KeyError, match="no such column: speed"):
         rows.make_row(speed=1)
     early = {name: value for name, value in one.items() if name not in rows.EARLIER}
@@ -139,3 +142,25 @@ def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
     timed = calls[6:]  # after two rounds of warm-up
     assert [i for _, i in timed] == list(range(18))
     assert [name for name, _ in timed[::3]] == list("abcabc")
+
+
+def test_problems_are_told_once_for_all_parts():
+    bad = {"case": "M=1", "dtype": "d", "timing": "wall", "contender": "c", "status": "leaks 3 bytes a step"}
+    found = [rows.make_row(part=part, **bad) for part in ("forward", "backward")]
+    assert summary.problems(found) == ["d M=1 wall c: leaks 3 bytes a step"]
+
+
+# What `make gpu` publishes
+
+
+def test_only_what_these_sources_measured_is_published(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "out"
+    found = [rows.make_row(primitive="p", case="M=1", contender=name, source=name) for name in ("now", "before")]
+    rows.write(work / "lora_linear.csv", found)
+    for name in ("ceilings.json", "memory_small.csv", "memory_large.csv", "p_roofline.png"):
+        (work / name).write_text(name)
+    outcomes = [steps.Outcome("ceilings", "done"), steps.Outcome("memory small", "done before")]
+    outcomes += [steps.Outcome("memory large", "failed"), steps.Outcome("pictures", "overran")]
+    written = gpu.publish(work, out, ["lora_linear"], "now", outcomes)
+    assert [path.name for path in written] == ["lora_linear.csv", "ceilings.json", "memory_small.csv"]
+    assert [row["contender"] for row in rows.read(out / "lora_linear.csv")] == ["now"]

@@ -70,14 +70,18 @@ def gpu(monkeypatch):
     for name, value in {
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "stream": stream, "graph": capture,
         "current_stream": lambda: on[-1], "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 4096,
+        "memory_allocated": lambda: 1000, "max_memory_allocated": lambda: 5096,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return on
 
 
+seen = set()  # the input sets of each contender that ran
+
+
 def _contender(name: str, role: str, gpu, **more) -> Contender:
     def forward(i: int):
+        seen.add((name, i % 3))
         stream = gpu[-1]
         time.sleep(0.02)
 
@@ -101,6 +105,7 @@ def test_every_part_eager_and_as_a_graph(gpu):
         ("whole", "both", "eager"), ("whole", "both", "graph"),
     }  # fmt: skip
     assert {row["status"] for row in found} == {"ok"} and Graph.replayed
+    assert seen == {(name, i) for name in ("floor", "ours") for i in range(3)}
     ms = {key: float(row["ms_p50"]) for key, row in by.items()}
     for name in ("floor", "ours"):
         assert 5 <= ms[name, "backward", "eager"] < ms[name, "forward", "eager"] < ms[name, "both", "eager"]
@@ -128,3 +133,10 @@ def test_tuning_times_what_computes_right_values(gpu, monkeypatch):
     errors = iter([0.5, 3.0])
     first, second = tune.cuda_clock(SMALL, Effort(2, 0.0, 2))([picked, picked])
     assert first > 0 and second is None
+
+
+def test_every_timed_step_takes_the_next_inputs(gpu):
+    calls = []
+    measure.time_cuda({"one": lambda i: (calls.append(i), time.sleep(0.001))}, Effort(3, 0.0, 3))
+    timed = calls[3 + 4 :]  # after warming up, and finding out how many make a batch
+    assert timed == list(range(len(timed))) and len(timed) >= 3

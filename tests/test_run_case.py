@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_a_leak_is_reported_and_not_timed():
 
     steps = {
         "leaks": lambda i: kept.append(_block()),
+        "leaks little": lambda i: kept.append(torch.empty(64, dtype=torch.uint8)),
+        "leaks now and then": lambda i: i % 2 and kept.append(_block()),
         "clean": lambda i: _block(),
         "keeps the first": lambda i: first or first.append(_block()),
         "has a cycle": with_cycle,
@@ -93,22 +96,24 @@ def test_a_leak_is_reported_and_not_timed():
     field = [Contender(name, "peer", step) for name, step in steps.items()]
     by = _by_name(cases.run_case("planted", SMALL, "cpu", ENV, SHORT, field))
     assert by["leaks"]["status"] == "leaks 1048576 bytes a step" and not by["leaks"]["ms_p50"]
+    assert by["leaks little"]["status"] == "leaks 64 bytes a step"
+    assert by["leaks now and then"]["status"] == "leaks 524288 bytes a step"
     for name in ("clean", "keeps the first", "has a cycle"):
         assert by[name]["status"] == "ok" and by[name]["ms_p50"], name
-    assert by["clean"]["peak_bytes"] == "1048576"
+    assert by["clean"]["peak_bytes"] == "1048576" and by["keeps the first"]["peak_bytes"] == "0"
 
 
 def test_parts_are_timed_and_weighed_apart():
-    """Forward sleeps 20 ms and keeps a block; backward sleeps 2, needs another, and frees the first."""
+    """Forward sleeps 20 ms and keeps two blocks; backward sleeps 2, needs another, and frees the two."""
     calls = []
 
     def forward(i: int):
         calls.append(("forward", i))
         time.sleep(0.02)
-        saved = [_block()]
+        saved = [_block(), _block()]
 
         def backward(keep: bool) -> None:
-            calls.append(("backward", keep))
+            calls.append(("backward", i, keep))
             time.sleep(0.002)
             _block()
             if not keep:
@@ -124,10 +129,11 @@ def test_parts_are_timed_and_weighed_apart():
     ms = {part: float(by["floor", part]["ms_p50"]) for part in measure.PARTS}
     assert 2 <= ms["backward"] < ms["forward"] and ms["both"] >= 22
     peaks = {part: int(by["floor", part]["peak_bytes"]) for part in measure.PARTS}
-    assert peaks == {"both": 2 << 20, "forward": 1 << 20, "backward": 1 << 20}
+    assert peaks == {"both": 3 << 20, "forward": 2 << 20, "backward": 1 << 20}
     assert {row["seed"] for row in found} == {"7"}
-    timed = calls[-3 - 7 :]  # every set's forward once, then two rounds of warm-up and five timed ones
-    assert timed == [("forward", 0), ("forward", 1), ("forward", 2), *[("backward", True)] * 7]
+    # After its memory, which is that of one that frees, every set's forward once, two warm-up rounds and five timed.
+    assert calls[-12:-7] == [("forward", 0), ("backward", 0, False), *(("forward", i) for i in range(3))]
+    assert calls[-7:] == [("backward", i, True) for i in (0, 1, 0, 1, 2, 0, 1)]
 
 
 def test_parts_of_the_lora_linear_are_those_of_its_step():
@@ -160,6 +166,72 @@ def test_a_missing_peer_has_a_row_that_says_so(monkeypatch):
     by = _by_name(cases.run_case("lora_linear", SMALL, "cpu", ENV, SHORT))
     assert by["PEFT"]["status"] == "not installed: pip install peft" and not by["PEFT"]["ms_p50"]
     assert by[OURS]["status"] == "ok" and by[OURS]["ratio_floor"]
+
+
+def test_a_part_alone_gets_a_quarter_of_the_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure, "time_cpu", lambda steps, effort: seen.append(effort.seconds) or {})
+    field = [Contender("floor", "floor", lambda i: None, lambda i: lambda keep: None)]
+    cases.run_case("planted", SMALL, "cpu", ENV, Effort(1, 8.0, 1), field, parts=measure.PARTS)
+    assert seen == [8.0, 2.0, 2.0]
+
+
+def test_what_breaks_while_it_is_timed_leaves_the_others():
+    """A backward that runs only once, and a step that breaks late; both once their turn has come."""
+    calls = {"late": 0}
+
+    def late(i: int) -> None:
+        calls["late"] += 1
+        if calls["late"] > 8:
+            raise torch.OutOfMemoryError("tried to allocate")
+
+    def forward(i: int):
+        ran = []
+
+        def backward(keep: bool) -> None:
+            if ran:
+                raise AttributeError("the graph is gone")
+            ran.append(1)
+
+        return backward
+
+    field = [
+        Contender("floor", "floor", lambda i: None, lambda i: lambda keep: None),
+        Contender("late", "peer", late),
+        Contender("once", "peer", lambda i: None, forward),
+    ]
+    found = cases.run_case("planted", SMALL, "cpu", ENV, SHORT, field, parts=measure.PARTS)
+    by = {(row["contender"], row["part"]): row for row in found}
+    assert by["late", "both"]["status"] == "out of memory" and not by["late", "both"]["ms_p50"]
+    assert by["once", "backward"]["status"] == "error: AttributeError: the graph is gone"
+    assert by["once", "forward"]["ms_p50"] and by["once", "both"]["ms_p50"]
+    for part in measure.PARTS:
+        assert by["floor", part]["ms_p50"] and by["floor", part]["samples"] == "5"
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, TypeError])
+def test_a_peer_that_cannot_be_built_has_a_row_that_says_so(error, monkeypatch):
+    def build(*args):
+        raise error("does not fit")
+
+    monkeypatch.setattr(lora_linear, "peft_layer", lambda *args: build)
+    by = _by_name(cases.run_case("lora_linear", SMALL, "cpu", ENV, SHORT))
+    assert by["PEFT"]["status"] == f"error: {error.__name__}: does not fit" and by[OURS]["ms_p50"]
+
+
+def test_every_part_runs_under_what_its_layer_asks_for():
+    inside, inputs = [], make_inputs(SMALL, "cpu")
+
+    @contextmanager
+    def within():
+        inside.append("in")
+        yield
+        inside.append("out")
+
+    backward = forward(lora_linear.ours(within=within)(SMALL, inputs), inputs)
+    assert inside == ["in", "out"]
+    backward(False)
+    assert inside == ["in", "out"] * 2
 
 
 def test_a_failing_contender_does_not_end_the_run():

@@ -19,7 +19,7 @@ from benchmarks.lora_linear_check import LoRACase, make_inputs  # noqa: E402
 from benchmarks.measure import Contender, Effort  # noqa: E402
 
 SMALL = LoRACase(24, 40, 32, 4, torch.bfloat16)
-ENV = {"device": "test", "threads": "1", "source": "abc"}
+ENV = {"device": "test", "threads": "1", "source": "abc", "seed": "0"}
 SHORT = Effort(5, 0.0, 5)
 OURS = "peft_kernels"
 
@@ -32,9 +32,13 @@ def test_an_interrupted_suite_goes_on_where_it_ended(tmp_path):
     path = tmp_path / "lora_linear.csv"
     done, other = SMALL, replace(SMALL, M=7)
     rows.write(path, cases.run_case("lora_linear", done, "cpu", ENV, SHORT, [_sleeper("floor", "floor", 0.0)]))
-    assert throughput.pending([done, other], rows.read(path), ENV, ["both"]) == [other]
-    assert throughput.pending([done, other], rows.read(path), ENV | {"source": "changed"}, ["both"]) == [done, other]
-    assert throughput.pending([done, other], rows.read(path), ENV, measure.PARTS) == [done, other]
+    found = throughput.current(rows.read(path), ENV, 5)
+    assert throughput.pending([done, other], found, ["both"]) == [other]
+    assert throughput.pending([replace(done, compiled=True)], found, ["both"]) == [replace(done, compiled=True)]
+    for name in ("source", "device", "threads", "torch", "triton", "peft", "driver", "seed"):
+        assert throughput.current(rows.read(path), ENV | {name: "changed"}, 5) == [], name
+    assert throughput.current(rows.read(path), ENV, 6) == []
+    assert throughput.pending([done, other], found, measure.PARTS) == [done, other]
     assert SMALL.label in summary.table(rows.read(path)) and summary.table([]) == "no rows"
 
 
@@ -57,12 +61,12 @@ def test_every_row_of_a_command(tmp_path, capsys, monkeypatch):
 
 
 def test_the_seed_decides_the_inputs(monkeypatch):
-    monkeypatch.setattr(lora_linear, "input_sets", lambda nbytes, device: 1)
+    monkeypatch.setattr(lora_linear, "input_sets", lambda nbytes, device: 3)
     seen = []
     monkeypatch.setattr(lora_linear, "make_inputs", lambda case, device, seed: seen.append(seed) or inputs)
     inputs = make_inputs(SMALL, "cpu", 9)
     lora_linear.contenders(SMALL, "cpu", 9)
-    assert seen == [9]
+    assert seen == [9, 10, 11]
     assert not torch.equal(make_inputs(SMALL, "cpu", 1).x, inputs.x)
 
 
@@ -80,6 +84,40 @@ def test_wrong_values_and_leaks_fail_the_command(monkeypatch, capsys):
     assert "bad: wrong values: y 3x its bound" in text and "leaky: leaks 4000 bytes a step" in text
 
 
+@pytest.mark.parametrize(("role", "code"), [("floor", 1), ("ours", 1), ("peer", 0)])
+def test_ours_must_run_and_a_peer_may_not(role, code, monkeypatch):
+    field = [Contender("broken", role, missing="error: RuntimeError: no such kernel")]
+    changed = replace(cases.PRIMITIVES["lora_linear"], contenders=lambda case, device, seed: field)
+    monkeypatch.setitem(cases.PRIMITIVES, "lora_linear", changed)
+    assert throughput.main(["lora_linear", "--suite", "tiny", "--device", "cpu"]) == code
+
+
+def test_only_what_was_asked_for_is_printed(tmp_path, capsys, monkeypatch):
+    """The file holds more: another case, other parts."""
+    monkeypatch.setattr(environment, "source_hash", lambda: "abc")
+    tiny = cases.PRIMITIVES["lora_linear"].suites["tiny"]
+    changed = replace(cases.PRIMITIVES["lora_linear"], suites={"tiny": tiny[:1], "gpu": tiny[1:2]})
+    monkeypatch.setitem(cases.PRIMITIVES, "lora_linear", changed)
+    arguments = ["lora_linear", "--rounds", "1", "--device", "cpu", "--csv", str(tmp_path / "rows.csv")]
+    assert throughput.main([*arguments, "--suite", "tiny"]) == 0
+    assert throughput.main([*arguments, "--suite", "gpu", "--parts", "forward"]) == 0
+    capsys.readouterr()
+    assert throughput.main([*arguments, "--suite", "tiny", "--parts", "both"]) == 0
+    (line,) = re.findall(r"^\| M=.*", capsys.readouterr().out, re.M)
+    assert tiny[0].label in line and "| both " in line
+
+
+def test_compiled_peers_are_asked_for_or_in_the_suite():
+    pytest.importorskip("transformers", reason="its models are transformers': pip install transformers")
+    suite = cases.PRIMITIVES["lora_linear"].suites["gpu"]
+    twice = ["--suite", "gpu", "--model", "llama-3-8b", "--rows", "8192", "--rank", "16", "--device", "cpu"]
+    found = throughput.chosen_cases("lora_linear", throughput.arguments(twice))
+    assert {case for case in suite if case.compiled} == {case for case in found if case.compiled}
+    assert len(found) == len(suite) + 3  # of four shapes one is the suite's
+    args = throughput.arguments(["--suite", "tiny", "--compile", "--device", "cpu"])
+    assert all(case.compiled for case in throughput.chosen_cases("lora_linear", args))
+
+
 def test_the_layers_of_a_named_model(capsys):
     pytest.importorskip("transformers", reason="its models are transformers': pip install transformers")
     args = throughput.arguments(["--model", "llama-3-8b", "--rows", "8", "16", "--rank", "4", "--device", "cpu"])
@@ -88,9 +126,12 @@ def test_the_layers_of_a_named_model(capsys):
     assert [(case.M, case.N, case.K) for case in found] == [(M, N, K) for M in (8, 16) for N, K in shapes]
     assert {case.R for case in found} == {4}
     assert "N=14336 K=4096 gate_proj, up_proj; N=4096 K=14336 down_proj" in capsys.readouterr().out
-    args = throughput.arguments(["--model", "nothing", "--device", "cpu"])
-    with pytest.raises(ValueError, match="model 'nothing' is no file"):
-        throughput.chosen_cases("lora_linear", args)
+    for arguments, message in (
+        (["--model", "nothing"], "model 'nothing' is no file"),
+        (["--model", "llama-3-8b", "--rank", "1025"], "rank is 1025; expected 1 to 1024"),
+    ):
+        assert throughput.main(["lora_linear", *arguments, "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,9 +141,13 @@ def test_the_layers_of_a_named_model(capsys):
         (["--rows", "0"], "--rows is 0; expected at least 1"),
         (["--rounds", "0"], "--rounds is 0; expected at least 1"),
         (["--dropout", "1"], "--dropout is 1.0; expected 0 up to"),
+        (["lora_linear", "--csv", "/dev/null/rows.csv"], "--csv /dev/null/rows.csv: "),
+        (["lora_linear", "--csv", "FOREIGN.csv"], "has columns ['a', 'b']"),
     ],
 )
-def test_what_is_wrong_is_said(arguments, message, capsys):
+def test_what_is_wrong_is_said(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOREIGN.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit):
         throughput.main([*arguments, "--device", "cpu"])
     assert message in capsys.readouterr().err
