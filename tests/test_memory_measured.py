@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from test_memory import Toy, foreach
-from test_vram import SMALL, architectures, memory_methods, replay, vram
+from test_vram import SMALL, architectures, memory_methods, vram
 
 from benchmarks import vram_fits, vram_measure
 from peft_kernels import predict_memory
+from peft_kernels.memory import replay
 
 MEASURE = (*SMALL, "--measure", "cpu")
 
