@@ -3,7 +3,8 @@
 // The matrix is cut into tasks by its shape alone, threads take them as they are free, and the tasks' sums are added in their
 // order: the same bits for every number of threads. What bounds it is one read of dy. Measured on two cores of a Zen 5 at
 // [8192, 4096]: one row after another, or neighbouring rows side by side, whose streams end after 8 KB each, reach 65-85 % of a
-// plain read loop; four streams that run on through rows of their own, prefetched, all of it or nearly.
+// plain read loop; four streams that run on through rows of their own 83 % (bf16, the memory at its fastest) to 117 %. Narrower
+// tiles, eight streams and prefetching while totals are added are slower or the same.
 #include "bias_grad.h"
 #include "column_sum_cpu.h"
 
