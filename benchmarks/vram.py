@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its pa
 from benchmarks import cases, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
-from benchmarks.memory_methods import BASE_METHODS, OPTIMIZERS, Estimate, Method, Options, Unsuited
+from benchmarks.memory_methods import BASE_METHODS, NEEDS_CUDA, OPTIMIZERS, Estimate, Method, Options, Unsuited
 from peft_kernels.memory.predict import Prediction, predict_memory
 from peft_kernels.memory.replay import Replay, check_arch
 
@@ -138,11 +138,15 @@ def answer(
         if method.adapt is None:
             result.notes.append(f"estimate only: its prediction comes with the primitive {method.comes_with}")
             continue
+        absent = "" if method.missing == NEEDS_CUDA else method.missing  # which no prediction needs
         if method.unpredicted:
             result.notes.append(f"no prediction: {method.unpredicted}")
-        elif not method.missing:
+        elif not absent:
             result.prediction = result.attempt("prediction", partial(question.predict, method))
-        absent = method.missing_on(measure) if measure else "" if method.unpredicted else method.missing
+        if measure:
+            absent = method.missing_on(measure)
+        elif method.unpredicted:
+            absent = ""
         if absent:
             result.notes.append(absent)
         elif measure:

@@ -124,9 +124,7 @@ def test_a_method_that_fails_leaves_the_others(capsys, monkeypatch, tmp_path):
 
 
 def test_memory_that_runs_out_is_a_row_s_own(capsys, monkeypatch):
-    real = vram_measure.measure
-
-    def measure(question, method, *args):
+    def measure(question, method, *args, real=vram_measure.measure):
         if method.name == "full":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return real(question, method, *args)
@@ -172,6 +170,16 @@ def test_a_method_that_cannot_run_here_says_why(changes, arguments, note, capsys
     assert vram.main([*arguments, "--method", "full"]) == 0
     out = capsys.readouterr().out
     assert note in out.splitlines() and "load" not in out
+
+
+@pytest.mark.parametrize("changes", [{"missing": memory_methods.NEEDS_CUDA, "cuda_only": True}, {"cuda_only": True}])
+def test_a_prediction_needs_no_device(changes, capsys, monkeypatch):
+    methods_with(monkeypatch, **changes)
+    for arguments, noted in ((SMALL, 0), (MEASURE, 1)):
+        assert vram.main([*arguments, "--method", "full"]) == 0
+        out = capsys.readouterr().out
+        assert re.search("full +predicted +load", out) and " measured " not in out
+        assert out.count(f"full: {memory_methods.NEEDS_CUDA}\n") == noted
 
 
 def test_a_search_that_fails_is_a_row_s_own(capsys, monkeypatch):
