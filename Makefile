@@ -82,6 +82,7 @@ lint: $(VENV)/.requirements
 test: lint $(VENV)/.built $(VENV)/triton-gate .cache/vaderSentiment-3.3.2.tar.gz
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-gate $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n $(JOBS) $(ARGS)
+	$(PY) -m pytest -q benchmarks/test_speed.py --benchmark-disable
 	$(MAKE) gpu DEVICE=cpu OUT=build/rehearsal ONLY= TUNE= ARGS=--force
 
 # A GPU machine has everything installed and no network; benchmarks/gpu.py builds the extensions there itself.

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import lora_linear, lora_memory, measure
+from . import bias_grad, lora_linear, lora_memory, measure
+from .bias_grad import BiasCase
 from .failures import FAILURES, because
 from .held import leaked, memory
 from .lora_linear import LoRACase
@@ -13,6 +14,9 @@ from .measure import PARTS, Contender, Effort
 from .memory_methods import Method
 from .part_times import Result, Timed, time_part
 from .rows import Row, make_row
+
+Case = LoRACase | BiasCase
+"""A label, a dtype, M, and whether compiled peers are set beside it."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Primitive:
     (pytest-benchmark).
     """
 
-    contenders: Callable[[LoRACase, str, int], list[Contender]]
-    suites: dict[str, Sequence[LoRACase]]
-    of_layers: Callable[..., list[LoRACase]]
+    contenders: Callable[[Case, str, int], list[Contender]]
+    suites: dict[str, Sequence[Case]]
+    of_layers: Callable[..., list[Case]]
     """(a model's linear layers as (in, out) features, M, R, dtype, dropout) -> cases."""
     methods: tuple[Method, ...] = ()
     work: Callable[[dict[str, float], str, bool], tuple[float, float]] | None = None
@@ -53,7 +57,23 @@ LORA_CPU_SWEEP = [
     for R in (4, 16, 64, 256)
 ]
 
+
+def _bias_grad(*sizes: tuple[int, int]) -> list[BiasCase]:
+    return [BiasCase(M, N, dtype) for dtype in (torch.float32, torch.bfloat16) for M, N in sizes]
+
+
 PRIMITIVES = {
+    "bias_grad": Primitive(
+        bias_grad.contenders,
+        {
+            "gpu": _bias_grad((512, 4096), (2048, 4096), (8192, 4096), (8192, 14336)),
+            "tiny": _bias_grad((1, 96), (33, 96)),
+            "cpu": _bias_grad((256, 4096), (2048, 4096), (8192, 4096)),
+            "speed": _bias_grad((2048, 512)),
+        },
+        bias_grad.of_layers,
+        work=bias_grad.work,
+    ),
     "lora_linear": Primitive(
         lora_linear.contenders,
         {
@@ -65,11 +85,11 @@ PRIMITIVES = {
         lora_linear.of_layers,
         lora_memory.METHODS,
         lora_linear.work,
-    )
+    ),
 }
 
 
-def quick(cases: Sequence[LoRACase]) -> list[LoRACase]:
+def quick(cases: Sequence[Case]) -> list[Case]:
     """The same cases without the largest M: for a look, not for a figure."""
     largest = max(case.M for case in cases)
     smaller = [case for case in cases if largest > case.M]
@@ -144,7 +164,7 @@ def _case_rows(primitive: str, case, results: Sequence[Result], timed: Timed, wh
 
 def run_case(
     primitive: str,
-    case: LoRACase,
+    case: Case,
     device: str,
     env: dict[str, str],
     effort: Effort | None = None,

@@ -21,6 +21,7 @@ from peft_kernels._core import native
 from . import environment, rows, summary
 from .cases import PRIMITIVES
 from .steps import BEFORE, DONE, FAILED, NOT_RUN, OVERRAN, Outcome, Step, log_of, run_steps
+from .tune import TUNED
 
 _PY = sys.executable
 _BUILD = ("-m", "pip", "install", "--no-build-isolation", "--no-index", "--no-deps", "-e", ".")
@@ -80,7 +81,7 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
     flags = ("--quick",) * quick + ("--force",) * (force or tune)  # what was measured before was with other tiles
     for primitive in only:
         env = {}
-        if tune and device == "cuda":
+        if tune and device == "cuda" and primitive in TUNED:
             tuned = work / f"{primitive}_configs.json"
             command = (_PY, "-m", "benchmarks.tune", primitive, "--out", str(tuned), *("--quick",) * quick)
             found.append(Step(f"tune {primitive}", command, 200, stops=()))

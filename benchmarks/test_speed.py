@@ -27,7 +27,9 @@ def test_speed(benchmark, primitive, case, role, part):
     contender = next(one for one in _contenders(primitive, case) if one.role == role)
     if contender.missing:
         pytest.skip(contender.missing)
-    errors = contender.check()
+    if part != "both" and contender.forward is None:
+        pytest.skip("it is made in one piece")
+    errors = contender.check() if contender.check else {}
     assert all(error <= 1 for error in errors.values()), errors
     benchmark.group = f"{primitive} {case.label} {case.dtype} {part}"
     timed = contender.begin(part)

@@ -22,6 +22,9 @@ from . import cases, environment, measure
 from .lora_linear import arch_here, ours
 from .lora_linear_check import LoRACase, make_inputs, step, value_errors
 
+TUNED = ("lora_linear",)
+"""Primitives whose configurations are swept here; bias_grad's plan has nothing to choose that a GPU would decide."""
+
 Clock = Callable[[Sequence[Config]], list[float | None]]
 """Median milliseconds of forward and backward under each config; None where it fails or computes wrong values."""
 
@@ -104,7 +107,7 @@ def cuda_clock(case: LoRACase, effort: measure.Effort) -> Clock:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("primitive", choices=["lora_linear"])
+    parser.add_argument("primitive", choices=TUNED)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

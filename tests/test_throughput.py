@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last, so that an installed peft_kernels stays the one that is tested
 
-from benchmarks import cases, environment, lora_linear, measure, rows, summary, throughput  # noqa: E402
+from benchmarks import bias_grad, cases, environment, lora_linear, measure, rows, summary, throughput  # noqa: E402
+from benchmarks.bias_grad import BiasCase  # noqa: E402
 from benchmarks.lora_linear_check import LoRACase, make_inputs  # noqa: E402
 from benchmarks.measure import Contender, Effort  # noqa: E402
 
@@ -79,7 +80,7 @@ def test_wrong_values_and_leaks_fail_the_command(monkeypatch, capsys):
     ]
     changed = replace(cases.PRIMITIVES["lora_linear"], contenders=lambda case, device, seed: field)
     monkeypatch.setitem(cases.PRIMITIVES, "lora_linear", changed)
-    assert throughput.main(["--suite", "tiny", "--parts", "both", "--device", "cpu"]) == 1
+    assert throughput.main(["lora_linear", "--suite", "tiny", "--parts", "both", "--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert "bad: wrong values: y 3x its bound" in text and "leaky: leaks 4000 bytes a step" in text
 
@@ -151,3 +152,25 @@ def test_what_is_wrong_is_said(arguments, message, capsys, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         throughput.main([*arguments, "--device", "cpu"])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_gradient_beside_a_read(dtype, monkeypatch):
+    """Every contender is right; one that drops a row is not."""
+    case = BiasCase(77, 40, dtype)
+    found = cases.run_case("bias_grad", case, "cpu", ENV, SHORT)
+    assert {row["role"]: row["status"] for row in found} == {"floor": "ok", "ours": "ok", "peer": "ok"}
+    assert {row["status"] for row in found} == {"ok"}
+    monkeypatch.setattr(bias_grad.op, "bias_grad", lambda dy, dtype: dy[1:].sum(0).to(dtype))
+    by = {row["contender"]: row for row in cases.run_case("bias_grad", case, "cpu", ENV, SHORT)}
+    assert by[OURS]["status"].startswith("wrong values: dbias") and not by[OURS]["ms_p50"]
+
+
+def test_the_floor_of_the_bias_gradient_reads_every_byte():
+    dy = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert bias_grad.read(dy) == 0
+    for i in range(dy.numel()):
+        one = dy.clone()
+        one.view(-1)[i] = 1
+        assert bias_grad.read(one) != 0
+    assert bias_grad.work({"M": 8, "N": 4}, "bfloat16", True) == (9 * 4 * 2, 32)
