@@ -14,13 +14,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
+
+from benchmarks import environment
+
+if __name__ == "__main__" and (
+    absent := [name for name in ("transformers", "tabulate", "tqdm") if environment.version(name) == "none"]
+):  # before an import of one ends in a traceback
+    argparse.ArgumentParser(prog="python benchmarks/vram.py").error(f"not installed: pip install {' '.join(absent)}")
+
 import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
 
 from benchmarks import cases, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find, one_line
@@ -91,8 +98,7 @@ class Question:
 
     def predict(self, method: Method, batch: int | None = None, seq: int | None = None) -> Prediction:
         sizes = self.architecture.batch(batch or self.batch, seq or self.seq)
-        build = partial(self.model, method)
-        return predict_memory(build, sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
+        return predict_memory(partial(self.model, method), sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
 
     def estimate(self, method: Method) -> Estimate:
         found = method.estimate(self._without_memory, self.options)
@@ -202,15 +208,16 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--within needs --measure, and a number of percent from 0 on")
     if args.snapshot and args.measure != "cuda":
         parser.error("--snapshot needs --measure cuda")
+    if args.png and environment.version("matplotlib") == "none":
+        parser.error("--png needs matplotlib: pip install matplotlib")
     if args.measure == "cuda" and not torch.cuda.is_available():
         parser.error("--measure cuda: there is no CUDA device")
     for name in ("csv", "json", "png", "snapshot"):
-        path = getattr(args, name)
-        if path:
-            try:
+        try:
+            if path := getattr(args, name):
                 vram_report.make_room(path)
-            except OSError as error:
-                parser.error(f"--{name} {path} cannot be written: {error.strerror}")
+        except OSError as error:
+            parser.error(f"--{name} {path} cannot be written: {error.strerror}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ if str(ROOT) not in sys.path:
 
 pytest.importorskip("transformers", reason="its models are transformers': pip install transformers")
 
-from benchmarks import architectures, memory_methods, vram, vram_report  # noqa: E402
+from benchmarks import architectures, environment, memory_methods, vram, vram_report  # noqa: E402
 
 GIB = 2**30
 # minilm-l6 with a third of its layers: most tests are of tables and messages.
@@ -174,6 +175,33 @@ def test_a_size_has_a_unit(text, capsys):
     with pytest.raises(SystemExit):
         vram.main([*SMALL, "--fits", text])
     assert "expected a number and a unit, such as 24GB" in capsys.readouterr().err
+
+
+def not_installed(monkeypatch, package: str) -> None:
+    """As where `package` is not there: no version, and an import of it fails."""
+    real = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: "none" if name == package else real(name))
+    for name in [name for name in sys.modules if name.partition(".")[0] == package] or [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("package", ["transformers", "tabulate", "tqdm"])
+def test_says_what_to_install(package, capsys, monkeypatch):
+    not_installed(monkeypatch, package)
+    monkeypatch.setattr(sys, "argv", ["vram.py", *SMALL])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "vram.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"error: not installed: pip install {package}\n" in capsys.readouterr().err
+
+
+def test_a_picture_needs_matplotlib_before_anything_runs(capsys, monkeypatch, tmp_path):
+    not_installed(monkeypatch, "matplotlib")
+    monkeypatch.setattr(vram, "find", None)
+    with pytest.raises(SystemExit) as ended:
+        vram.main([*SMALL, "--png", str(tmp_path / "rows.png")])
+    assert ended.value.code == 2
+    assert "error: --png needs matplotlib: pip install matplotlib\n" in capsys.readouterr().err
 
 
 def test_runs_by_its_path(tmp_path):
