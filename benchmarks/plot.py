@@ -5,20 +5,41 @@ python benchmarks/plot.py benchmarks/results/nvidia-h100-80gb-hbm3 [--out DIR]
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its path, it finds its neighbours too
+
+from benchmarks import environment
+
+if __name__ == "__main__" and (
+    absent := [name for name in ("matplotlib", "tabulate") if environment.version(name) == "none"]
+):  # before an import of one ends in a traceback
+    argparse.ArgumentParser(prog="python benchmarks/plot.py").error(f"not installed: pip install {' '.join(absent)}")
+
+from matplotlib.figure import Figure
 
 from benchmarks import rows
 from benchmarks.cases import PRIMITIVES
 from benchmarks.rows import Row
 
 _TIMINGS = ("graph", "wall")  # without launch gaps: what the kernels take
+
+
+def by_device(every: list[Row]) -> dict[str, list[Row]]:
+    """device -> the rows of whole steps without launch gaps, one for each case and contender: the newest, whatever the
+    commit and the number of threads."""
+    newest = {}
+    for row in sorted(every, key=lambda row: row["date"]):
+        if row["timing"] in _TIMINGS and row["part"] == "both":
+            newest[tuple(row[name] for name in ("device", "case", "dtype", "contender", "timing"))] = row
+    devices: dict[str, list[Row]] = defaultdict(list)
+    for key in sorted(newest):
+        devices[key[0]].append(newest[key])
+    return devices
 
 
 def sizes(row: Row) -> dict[str, float]:
@@ -99,20 +120,23 @@ def roofline(found: list[Row], ceilings: dict, work: Callable) -> Figure | None:
 
 
 def draw(folder: Path, out: Path) -> list[Path]:
-    """Every picture that the folder's files have rows for."""
+    """Every picture that the folder's files have rows for; of several devices in one file, each has its own."""
     out.mkdir(parents=True, exist_ok=True)
+    file = folder / "ceilings.json"
+    ceilings = json.loads(file.read_text()) if file.exists() else None
     written = []
     for name, primitive in PRIMITIVES.items():
-        every = rows.read(folder / f"{name}.csv")
-        found = [row for row in every if row["timing"] in _TIMINGS and row["part"] == "both"]
-        pictures = {"over_floor": over_floor(found)}
-        ceilings = folder / "ceilings.json"
-        if ceilings.exists() and primitive.work:
-            pictures["roofline"] = roofline(found, json.loads(ceilings.read_text()), primitive.work)
-        for kind, figure in pictures.items():
-            if figure is not None:
-                written.append(out / f"{name}_{kind}.png")
-                figure.savefig(written[-1], dpi=120)
+        devices = by_device(rows.read(folder / f"{name}.csv"))
+        for device, found in devices.items():
+            pictures = {"over_floor": over_floor(found)}
+            if ceilings and primitive.work and ceilings.get("device", device) == device:
+                pictures["roofline"] = roofline(found, ceilings, primitive.work)
+            of = f"_{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}" if len(devices) > 1 else ""
+            for kind, figure in pictures.items():
+                if figure is not None:
+                    figure.suptitle(device, fontsize=10)
+                    written.append(out / f"{name}{of}_{kind}.png")
+                    figure.savefig(written[-1], dpi=120)
     return written
 
 
