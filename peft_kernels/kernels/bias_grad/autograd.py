@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._core.checks import autocasts, check_kind, refuse, rows
 from . import op
 from .reference import accumulator
 
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_NAME = "bias_linear"
 
 
 def _gradients(dy, x, weight, needed, weight_dtype, bias_dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -53,32 +54,18 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("bias_linear has no second derivative: use torch.nn.functional.linear for double backward")
 
 
-def _autocasts(device: torch.device) -> bool:
-    # Asked of meta, is_autocast_enabled raises; torch 2.11 cannot compile is_autocast_available.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def _refuse(name: str, tensor: Tensor, expected: str) -> None:
-    came = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-    raise ValueError(f"bias_linear: {name} is {came}; expected {expected}")
-
-
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    # Each call pays for this: messages are made only where something is wrong.
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor.dtype not in _DTYPES:
-            _refuse(name, tensor, "a floating dtype: float16, bfloat16, float32 or float64")
-        if tensor.device != x.device:
-            _refuse(name, tensor, f"the device of x, {x.device}")
+        check_kind(_NAME, name, tensor, x.device)
     if weight.dim() != 2:
-        _refuse("weight", weight, "two dimensions, [N, K]")
+        refuse(_NAME, "weight", weight, "two dimensions, [N, K]")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
-        _refuse("x", x, f"[..., {K}] to match weight [{N}, {K}]")
-    if weight.dtype != x.dtype and not _autocasts(x.device):
-        _refuse("weight", weight, f"x's dtype, {x.dtype}")
+        refuse(_NAME, "x", x, f"[..., {K}] to match weight [{N}, {K}]")
+    if weight.dtype != x.dtype and not autocasts(x.device):
+        refuse(_NAME, "weight", weight, f"x's dtype, {x.dtype}")
     if bias.shape != (N,):
-        _refuse("bias", bias, f"[{N}] to match weight [{N}, {K}]")
+        refuse(_NAME, "bias", bias, f"[{N}] to match weight [{N}, {K}]")
 
 
 def bias_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -99,9 +86,7 @@ def bias_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     _check(x, weight, bias)
-    if _autocasts(x.device) and x.dtype != torch.float64:
+    if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if x.dim() == 2:
-        return _BiasLinear.apply(x, weight, bias)
-    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)  # reshape(-1, K) would not know M where K is 0
-    return _BiasLinear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    y = _BiasLinear.apply(rows(x), weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

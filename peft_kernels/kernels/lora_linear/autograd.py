@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..._core.checks import autocasts, check_kind, refuse, rows
 from . import op
 from .reference import drop_threshold, effective_scaling
 
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_NAME = "lora_linear"
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -59,64 +60,36 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("lora_linear has no second derivative: use the reference for double backward")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-
-
-def _autocasts(device: torch.device) -> bool:
-    # Asked of meta, is_autocast_enabled raises; torch 2.11 cannot compile is_autocast_available.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def _refuse(name: str, tensor: Tensor, expected: str) -> None:
-    raise ValueError(f"lora_linear: {name} is {_describe(tensor)}; expected {expected}")
-
-
-def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in _DTYPES:
-        _refuse(name, tensor, "a floating dtype: float16, bfloat16, float32 or float64")
-    if tensor.device != device:
-        _refuse(name, tensor, f"the device of x, {device}")
-
-
 def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
-    # Each call pays for this: messages are made only where something is wrong.
     device = x.device
-    _check_kind("x", x, device)
-    _check_kind("lora_a", lora_a, device)
-    _check_kind("lora_b", lora_b, device)
+    check_kind(_NAME, "x", x, device)
+    check_kind(_NAME, "lora_a", lora_a, device)
+    check_kind(_NAME, "lora_b", lora_b, device)
     if x.dim() < 1:
-        _refuse("x", x, "at least one dimension, [..., K]")
+        refuse(_NAME, "x", x, "at least one dimension, [..., K]")
     K = x.shape[-1]
     if weight is not None and lora_a.dim() == weight.dim() == 2 and weight.shape[1] == lora_a.shape[1] != K:
-        _refuse("x", x, f"[..., {weight.shape[1]}] to match weight {list(weight.shape)}")
+        refuse(_NAME, "x", x, f"[..., {weight.shape[1]}] to match weight {list(weight.shape)}")
     if lora_a.dim() != 2 or lora_a.shape[1] != K:
-        _refuse("lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
+        refuse(_NAME, "lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
     R = lora_a.shape[0]
     if R < 1:
-        _refuse("lora_a", lora_a, "a rank R of at least 1")
+        refuse(_NAME, "lora_a", lora_a, "a rank R of at least 1")
     if lora_b.dim() != 2 or lora_b.shape[1] != R:
-        _refuse("lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
+        refuse(_NAME, "lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
     N = lora_b.shape[0]
     if weight is not None:
-        _check_kind("weight", weight, device)
+        check_kind(_NAME, "weight", weight, device)
         if weight.shape != (N, K):
-            _refuse("weight", weight, f"[{N}, {K}]")
-        if weight.dtype != x.dtype and not _autocasts(device):
-            _refuse("weight", weight, f"x's dtype, {x.dtype}")
+            refuse(_NAME, "weight", weight, f"[{N}, {K}]")
+        if weight.dtype != x.dtype and not autocasts(device):
+            refuse(_NAME, "weight", weight, f"x's dtype, {x.dtype}")
     if bias is not None:
-        _check_kind("bias", bias, device)
+        check_kind(_NAME, "bias", bias, device)
         if bias.shape != (N,):
-            _refuse("bias", bias, f"[{N}]")
+            refuse(_NAME, "bias", bias, f"[{N}]")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"lora_linear: dropout_p is {dropout_p}; expected a probability in [0, 1]")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., K] -> [M, K]; reshape(-1, K) would not know M where K is 0."""
-    if x.dim() == 2:
-        return x
-    return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
 
 
 def lora_linear(
@@ -154,12 +127,12 @@ def lora_linear(
         ValueError: a shape, dtype or device that does not fit, naming the argument.
     """
     _check(x, weight, lora_a, lora_b, bias, dropout_p)
-    if _autocasts(x.device) and x.dtype != torch.float64:
+    if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     threshold = drop_threshold(dropout_p)
     seed = None
     if threshold:
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold)
+    y = _LoRALinear.apply(rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
