@@ -101,15 +101,23 @@ def _gap(result) -> str:
     return f"{result.method.name}: {sums}, {where}: {', '.join(words)}"
 
 
+def _device(question) -> str:
+    """What a step is predicted for."""
+    return "CPU" if question.arch is None else f"compute capability {question.arch / 10:.1f}"
+
+
+def _dtype(question) -> str:
+    return str(question.options.dtype).removeprefix("torch.")
+
+
 def text(question, results) -> str:
     """All of it, in GiB."""
     sizes, options = f"batch {question.batch} x {question.seq}", question.options
-    card = "CPU" if question.arch is None else f"compute capability {question.arch / 10:.1f}"
     targets = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)
     head = (
-        f"{question.architecture.name}: {str(options.dtype).removeprefix('torch.')} base, {sizes} tokens, "
+        f"{question.architecture.name}: {_dtype(question)} base, {sizes} tokens, "
         f"{question.optimizer}{', checkpointing' if question.checkpointing else ''}, rank {options.rank} on {targets}, "
-        f"{card}. GiB throughout."
+        f"{_device(question)}. GiB throughout."
     )
     states = " and per gradient" if question.optimizer == "sgd" else ", per gradient and per moment of Adam's two"
     parts = [
@@ -163,23 +171,38 @@ def make_room(path: Path) -> None:
         pass
 
 
+def _about(question, results) -> dict[str, object]:
+    """What was asked, of which version of the sources, and where it was measured."""
+    about = {"model": question.architecture.name, "batch": question.batch, "seq": question.seq}
+    about |= {"optimizer": question.optimizer, "checkpointing": question.checkpointing, "arch": question.arch}
+    options = question.options
+    about |= {"rank": options.rank, "targets": options.targets, "dtype": str(options.dtype)}
+    about |= {"commit": environment.commit(), "torch": environment.version("torch")}
+    if any(result.measured for result in results):
+        about["measured_on"] = environment.environment("cpu" if question.arch is None else "cuda")
+    return about
+
+
+def _csv(question, found: list[dict], about: dict) -> bytes:
+    """The rows, each with what it is of: a file that was moved still says so."""
+    asked = {name: about[name] for name in ("model", "batch", "seq")} | {"dtype": _dtype(question)}
+    versions = {name: about[name] for name in ("torch", "commit")}
+    measured = about.get("measured_on", {}).get("device")
+    lines = []
+    for row in found:
+        device = measured if row["source"] == "measured" else _device(question)
+        lines.append({**asked, "device": device, **row, **versions})
+    kinds = ("method", "source", "phase", *COLUMNS, "allocated", "reserved", "during")
+    return csv_bytes((*asked, "device", *kinds, *versions), lines)
+
+
 def write(question, results, to_csv: Path | None, to_json: Path | None, to_png: Path | None) -> None:
     """Write what was asked for; bytes in CSV and JSON."""
     found = list(rows(results))
-    names = ("method", "source", "phase", *COLUMNS, "allocated", "reserved", "during")
+    about = _about(question, results) if to_csv or to_json else {}
     if to_csv:
-        replace_file(to_csv, csv_bytes(names, found))
+        replace_file(to_csv, _csv(question, found, about))
     if to_json:
-        about = {"model": question.architecture.name, "batch": question.batch, "seq": question.seq}
-        about |= {"optimizer": question.optimizer, "checkpointing": question.checkpointing, "arch": question.arch}
-        about |= {
-            "rank": question.options.rank,
-            "targets": question.options.targets,
-            "dtype": str(question.options.dtype),
-        }
-        about |= {"commit": environment.commit(), "torch": environment.version("torch")}
-        if any(result.measured for result in results):
-            about["measured_on"] = environment.environment("cpu" if question.arch is None else "cuda")
         replace_file(to_json, json.dumps({"question": about, "rows": found}, indent=1).encode() + b"\n")
     if to_png:
         image = io.BytesIO()

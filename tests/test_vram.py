@@ -86,9 +86,12 @@ def test_measured_on_a_cpu_is_predicted(tmp_path):
             found, real = rows[method, "predicted", phase], rows[method, "measured", phase]
             assert int(real["allocated"]) - int(found["allocated"]) == unseen
             assert found["weights"] == real["weights"]
+    devices = {source: row["device"] for (_, source, _), row in rows.items()}
+    assert devices == {"estimate": "CPU", "predicted": "CPU", "measured": environment.device_name("cpu")}
 
 
-def test_files(tmp_path):
+def test_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "abc")
     pytest.importorskip("matplotlib", reason="one of them is a picture: pip install matplotlib")
     files = [tmp_path / "deep" / f"rows.{kind}" for kind in ("csv", "json", "png")]
     arguments = [word for path in files for word in (f"--{path.suffix[1:]}", str(path))]
@@ -98,6 +101,10 @@ def test_files(tmp_path):
     kinds = list(vram_report.COLUMNS)
     for row in rows[1:]:
         assert sum(int(row[kind]) for kind in kinds) == int(row["allocated"])
+    about = {"model": "shallow", "batch": "2", "seq": "16", "dtype": "float32", "device": "compute capability 9.0"}
+    about |= {"torch": environment.version("torch"), "commit": "abc"}
+    for row in rows:
+        assert {name: row[name] for name in about} == about
     stored = json.loads(files[1].read_text())
     assert stored["question"]["model"] == "shallow" and len(stored["rows"]) == len(rows)
     assert files[2].read_bytes().startswith(b"\x89PNG")
