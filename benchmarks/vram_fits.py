@@ -31,6 +31,18 @@ def card_bytes(size: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+class Tries:
+    """Predictions, told as they begin: a large model's take long. tell: as a progress bar's set_postfix."""
+
+    def __init__(self, tell: Callable = lambda **words: None):
+        self.count, self.tell = 0, tell
+
+    def __call__(self, question, method: Method, batch: int, seq: int) -> Prediction:
+        self.count += 1
+        self.tell(size=f"{batch} x {seq}", predictions=self.count)
+        return question.predict(method, batch, seq)
+
+
 def _holds(prediction: Prediction, capacity: int) -> bool:
     if prediction.replay.reserved <= capacity:
         return True
@@ -41,8 +53,8 @@ def _holds(prediction: Prediction, capacity: int) -> bool:
     return True
 
 
-def fits(question, method: Method, batch: int, seq: int, capacity: int) -> bool:
-    return _holds(question.predict(method, batch, seq), capacity)
+def fits(question, method: Method, batch: int, seq: int, capacity: int, tries: Tries) -> bool:
+    return _holds(tries(question, method, batch, seq), capacity)
 
 
 def largest(works: Callable[[int], bool], most: int, guess: int = 1) -> int:
@@ -94,9 +106,9 @@ def _largest(predict: Callable[[int], Prediction], capacity: int, most: int) -> 
     return largest(works, most, _guess(replays[1], replays[2], capacity))
 
 
-def _advice(question, method: Method, capacity: int) -> str:
+def _advice(question, method: Method, capacity: int, tries: Tries) -> str:
     """What to change, of which one sequence is predicted to fit; the weights first, which nothing makes smaller."""
-    weights = question.predict(method, 1, 1).replay.phases["load"].allocated
+    weights = tries(question, method, 1, 1).replay.phases["load"].allocated
     if weights > capacity:
         return f"the weights alone are {weights / 2**30:.2f} GiB: a smaller model, a larger card"
     ideas = {
@@ -104,26 +116,28 @@ def _advice(question, method: Method, capacity: int) -> str:
         "--optimizer adamw-fused": replace(question, optimizer="adamw-fused"),
         "both": replace(question, checkpointing=True, optimizer="adamw-fused"),
     }
-    good = [name for name, one in ideas.items() if one != question and fits(one, method, 1, question.seq, capacity)]
+    others = {name: one for name, one in ideas.items() if one != question}
+    good = [name for name, one in others.items() if fits(one, method, 1, question.seq, capacity, tries)]
     return f"fits with {' or '.join(good)}" if good else "nor with --checkpointing --optimizer adamw-fused"
 
 
-def _row(question, result, capacity: int) -> tuple[str, str, str]:
+def _row(question, result, capacity: int, tries: Tries) -> tuple[str, str, str]:
     """The largest batch at the sequence length asked for, or the longest one at batch 1."""
     method, there = result.method, {question.batch: result.prediction}
-    size = _largest(lambda n: there.get(n) or question.predict(method, n, question.seq), capacity, MOST)
+    size = _largest(lambda n: there.get(n) or tries(question, method, n, question.seq), capacity, MOST)
     if size:
         return method.name, f"{size} x {question.seq}", f"{size * question.seq:,} tokens"
-    units = _largest(lambda n: question.predict(method, 1, UNIT * n), capacity, max(1, question.seq // UNIT))
+    units = _largest(lambda n: tries(question, method, 1, UNIT * n), capacity, max(1, question.seq // UNIT))
     found = f"1 x {UNIT * units}" if units else "nothing"
-    return method.name, found, f"not {question.seq}: {_advice(question, method, capacity)}"
+    return method.name, found, f"not {question.seq}: {_advice(question, method, capacity, tries)}"
 
 
 def text(question, results: Sequence, card: int) -> str:
     """A table of what is predicted to fit, by method."""
-    lines = []
-    for result in tqdm(results, desc="what fits", unit="method", leave=False):
-        found = result.attempt("what fits", partial(_row, question, result, card - CONTEXT))
+    lines, bar = [], tqdm(results, desc="what fits", unit="method", leave=False)
+    tries = Tries(bar.set_postfix)
+    for result in bar:
+        found = result.attempt("what fits", partial(_row, question, result, card - CONTEXT, tries))
         lines.append(found or (result.method.name, "", result.notes[-1]))
     head = (
         f"\nLargest batch on a card of {card / 2**30:g} GiB, {CONTEXT / 2**30:g} GiB of it left to the CUDA context\n"

@@ -142,7 +142,7 @@ def test_a_method_without_prediction_is_estimated_and_measured(capsys, monkeypat
     out = capsys.readouterr().out
     assert "full: no prediction: its kernels need real tensors" in out
     assert "measured" in out and "predicted" not in out
-    monkeypatch.setattr(vram_fits, "_row", lambda question, result, capacity: (result.method.name, "", ""))
+    monkeypatch.setattr(vram_fits, "_row", lambda question, result, *more: (result.method.name, "", ""))
     assert vram.main([*SMALL, "--method", "full", "lora", "--fits", "24GB"]) == 0
     table = capsys.readouterr().out.split("Largest batch")[1]
     assert "lora" in table and "full" not in table
@@ -183,7 +183,7 @@ def test_a_prediction_needs_no_device(changes, capsys, monkeypatch):
 
 
 def test_a_search_that_fails_is_a_row_s_own(capsys, monkeypatch):
-    def row(question, result, capacity):
+    def row(question, result, *more):
         if result.method.name == "full":
             raise RuntimeError("no such size")
         return result.method.name, "3 x 16", "48 tokens"
