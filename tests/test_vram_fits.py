@@ -86,8 +86,8 @@ def test_what_does_not_fit_says_what_to_change(capsys):
     said = capsys.readouterr()
     assert re.search(r"full +nothing +not 16: the weights alone are 0\.12 GiB: a smaller", said.out)
     # while it looks: one sequence of 16 tokens, one of 64, what the weights take
-    tried = re.findall(r"size=(\d+ x \d+), predictions=(\d+)", said.err)
-    assert list(dict.fromkeys(tried)) == [("1 x 16", "1"), ("1 x 64", "2"), ("1 x 1", "3")]
+    tried = re.findall(r"predictions=(\d+), size=(\d+ x \d+)", said.err)
+    assert list(dict.fromkeys(tried)) == [("1", "1 x 16"), ("2", "1 x 64"), ("3", "1 x 1")]
 
 
 def test_predictions_are_counted_over_all_methods():
@@ -101,7 +101,5 @@ def test_advice_is_what_was_predicted_to_fit():
     asked, method = replace(question("shallow", dtype=torch.float32), seq=16), vram.methods()["full"]
     need = {name: replace(asked, optimizer=name).predict(method).replay.reserved for name in ("adamw", "adamw-fused")}
     assert need["adamw-fused"] < need["adamw"]
-    assert (
-        vram_fits._advice(asked, method, need["adamw-fused"], vram_fits.Tries())
-        == "fits with --optimizer adamw-fused or both"
-    )
+    said = vram_fits._advice(asked, method, need["adamw-fused"], vram_fits.Tries())
+    assert said == "fits with --optimizer adamw-fused or both"
