@@ -1,10 +1,9 @@
 """benchmarks/step.py: a whole training step of a named model, beside peers and the frozen floor."""
 
 import csv
-import math
 import re
+import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,21 +20,9 @@ pytest.importorskip("transformers", reason="its models are transformers': pip in
 
 pytest.importorskip("peft", reason="the rows beside ours are HF PEFT's: pip install peft")
 
-from transformers.loss.loss_utils import ForCausalLMLoss  # noqa: E402
-from transformers.models.llama import modeling_llama  # noqa: E402
+from step_cases import SMALL, case, here  # noqa: E402
 
-from benchmarks import architectures, lora_memory, memory_methods, step, step_contenders, step_peers, vram  # noqa: E402
-
-SMALL = ("--model", "smollm2-135m", "--layers", "1", "--seq", "16", "--rounds", "2", "--rank", "4", "--device", "cpu")
-
-
-def case(layers: int = 1, dtype: torch.dtype = torch.float32, model: str = "smollm2-135m") -> step.StepCase:
-    return step.StepCase(architectures.find(model), layers, 1, 16, memory_methods.Options(4, "all-linear", dtype))
-
-
-def here(*names: str) -> list[memory_methods.Method]:
-    """Methods as if what they need were installed, and ran on a CPU."""
-    return [replace(vram.methods()[name], missing="", cuda_only=False) for name in names]
+from benchmarks import architectures, cases, memory_methods, step, step_contenders, step_fits, vram  # noqa: E402
 
 
 def test_every_method_has_a_row(tmp_path, capsys):
@@ -68,15 +55,38 @@ def test_flops_are_those_of_the_weight_matrices(trained, factor):
 def test_the_most_layers_that_fit(capacity, layers, monkeypatch):
     """100 bytes a layer, four fifths of the capacity, 30 layers in all; without a prediction, as many as ours."""
 
+    def needed(asked, methods, compiled, arch):
+        assert ([method.name for method in methods], compiled, arch) == (["lora"], True, 80)
+        return 100 * asked.layers
+
+    monkeypatch.setattr(step_fits, "needed", needed)
+    waiting, unpredicted = vram.methods()["qlora"], here("peft-lora-liger")
+    for methods in ([*here("lora"), waiting, *unpredicted], unpredicted):
+        assert step.fitting_layers(case(), methods, True, capacity, 80) == layers
+
+
+@pytest.mark.parametrize(
+    ("names", "compiled", "bases", "rest"),
+    [
+        (("lora",), True, 1, 30 + 100),
+        (("full",), False, 1 + 3, 500),
+        (("lora", "full"), False, 1 + 3, 30 + 500),
+        (("full", "lora", "peft-lora"), True, 1 + 2 * 3, 30 + 2 * 30 + 500),
+    ],
+)
+def test_what_all_methods_keep_is_there_at_once(names, compiled, bases, rest, monkeypatch):
+    """`full` keeps weights of its own beside the shared ones, and again when it is compiled too."""
+    with torch.device("meta"):
+        base = sum(p.nbytes for p in case().shortened().build(torch.float32).parameters())
+
     def predict(question, method):
-        assert (question.arch, method.name) == (80, "lora")
-        peak = SimpleNamespace(allocated=100 * question.architecture.config.num_hidden_layers)
+        full = method.name == "full"
+        kinds = {"weights": base, "optimizer": 2 * base} if full else {"weights": base + 10, "optimizer": 20}
+        peak = SimpleNamespace(kinds=kinds, allocated=sum(kinds.values()) + (500 if full else 100))
         return SimpleNamespace(replay=SimpleNamespace(peak=peak))
 
     monkeypatch.setattr(vram.Question, "predict", predict)
-    waiting, unpredicted = vram.methods()["qlora"], here("peft-lora-liger")
-    for methods in ([*here("lora"), waiting, *unpredicted], unpredicted):
-        assert step.fitting_layers(case(), methods, capacity, 80) == layers
+    assert step_fits.needed(case(), here(*names), compiled, 80) == bases * base + rest
 
 
 def test_what_is_wrong_is_said(capsys):
@@ -86,164 +96,148 @@ def test_what_is_wrong_is_said(capsys):
     assert "positions for 512 tokens at most" in capsys.readouterr().err
     assert step.main([*SMALL, "--rank", "1000"]) == 2
     assert "rank is 1000; expected 1 to 576" in capsys.readouterr().err
+    for layers in ("0", "-1", "31"):
+        assert step.main([*SMALL, "--layers", layers]) == 2
+        assert f"--layers is {layers}; expected 1 to 30, which smollm2-135m has" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("package", "method"), [("liger-kernel", "liger"), ("cut-cross-entropy", "cce")])
-def test_a_peer_that_cannot_run_says_why(package, method, monkeypatch):
-    installed = {"peft": "1"}
-    monkeypatch.setattr(lora_memory, "version", lambda name: installed.get(name, "none"))
-    assert lora_memory._missing(package) == f"not installed: pip install {package}"
-    installed[package] = "1"
-    for cuda, why in ((False, memory_methods.NEEDS_CUDA), (True, "")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        assert lora_memory._missing(package) == why
-    one = replace(vram.methods()[f"peft-lora-{method}"], missing="")
-    assert one.missing_on("cpu") == memory_methods.NEEDS_CUDA and one.missing_on("cuda") == ""
-    assert one.unpredicted
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rounds", "0"), "--rounds is 0; expected at least 1"),
+        (("--csv", "{}/folder.csv"), "folder.csv cannot be written: it is a folder"),
+        (("--csv", "/proc/x.csv"), "--csv /proc/x.csv cannot be written"),
+        (("--csv", "{}/file/x.csv"), "file/x.csv cannot be written"),
+        (("--csv", "{}/other.csv"), r"other.csv is not a file of rows: .*has columns \['a', 'b'\]"),
+        (("--csv", "{}/bytes.csv"), "bytes.csv is not a file of rows"),
+    ],
+)
+def test_options_that_make_no_sense_end_it_before_anything_is_measured(options, message, tmp_path, capsys, monkeypatch):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    monkeypatch.setattr(step, "run", None)
+    with pytest.raises(SystemExit) as ended:
+        step.main([*SMALL, *(option.format(tmp_path) for option in options)])
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
-def test_rows_of_peers_that_cannot_run(tmp_path):
-    path, names = tmp_path / "step.csv", ("peft-lora-liger", "peft-lora-cce")
-    assert step.main([*SMALL, "--method", *names, "--csv", str(path)]) == 0
-    rows = {row["contender"]: row for row in csv.DictReader(path.open())}
-    for name, package in zip(names, ("liger-kernel", "cut-cross-entropy"), strict=True):
-        assert not rows[name]["ms_p50"]
-        assert rows[name]["status"] in (f"not installed: pip install {package}", memory_methods.NEEDS_CUDA)
-
-
-@pytest.fixture
-def liger(monkeypatch) -> Counter:
-    """A stand-in which patches as Liger does: the model's class stays, a function of its module is another for all."""
-    calls, plain = Counter(), modeling_llama.apply_rotary_pos_emb
-
-    def rope(*args, **options):
-        calls["rope"] += 1
-        return plain(*args, **options)
-
-    def apply(model: nn.Module) -> None:
-        calls["applied"] += 1
-        modeling_llama.apply_rotary_pos_emb = rope
-        modeling_llama.LlamaMLP = nn.Identity
-        modeling_llama.LlamaMLP_of_liger = nn.Identity
-        modeling_llama.LlamaAttention.of_liger = True
-
-    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply})
-    package = SimpleNamespace(_apply_liger_kernel_to_instance=apply, monkey_patch=known)
-    monkeypatch.setitem(sys.modules, "liger_kernel", package)
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    return calls
-
-
-def test_a_patch_stays_with_its_model(liger):
-    before = dict(vars(modeling_llama)), dict(vars(modeling_llama.LlamaAttention))
-    names = ("peft-lora-liger", "lora", "peft-lora", "peft-lora-liger-bf16")
-    field, losses = step.contenders(case(2), "cpu", here(*names), False)
-    assert [one.name for one in field] == ["frozen", *names] and not any(one.missing for one in field)
-    calls = []
-    for one in field:
-        liger.clear()
-        assert one.check() == {}
-        calls.append(liger["rope"])
-        assert (dict(vars(modeling_llama)), dict(vars(modeling_llama.LlamaAttention))) == before
-    assert calls == [0, 2, 0, 0, 2]
-    assert losses["frozen"] == losses["peft-lora"] == losses["peft-lora-liger"] and set(losses) == {"frozen", *names}
-
-
-def test_a_patch_holds_where_activations_are_computed_again(liger):
-    (method,) = here("peft-lora-liger")
-    base = case(2).shortened().build(torch.float32).requires_grad_(False)
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = method.adapt(base, case().options).train()
-    base.enable_input_require_grads()
-    model(**case(2).tensors("cpu")).loss.backward()
-    assert liger["rope"] == 4
-
-
-def test_a_patch_is_undone_when_its_model_fails(liger):
-    (method,) = here("peft-lora-liger")
-    plain = modeling_llama.apply_rotary_pos_emb
-    model = method.adapt(case().shortened().build(torch.float32), case().options)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.tensor([[10**6]]))
-    assert modeling_llama.apply_rotary_pos_emb is plain
-
-    def fails() -> None:
-        modeling_llama.apply_rotary_pos_emb = None
-        raise RuntimeError("halfway")
-
-    with pytest.raises(RuntimeError, match="halfway"):
-        step_peers.patch_alone(model, fails)
-    assert modeling_llama.apply_rotary_pos_emb is plain
+@pytest.mark.parametrize("package", ["transformers", "tabulate", "psutil", "tqdm"])
+def test_a_package_that_is_not_there_is_named(package):
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path('benchmarks/step.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"step: needs {package}: pip install {package}\n")
 
 
 def test_only_plain_peers_are_compiled():
     names = ("lora", "lora-bf16", "peft-lora", "full", "peft-lora-liger", "peft-lora-cce")
-    compiled = [name for name in names if step_contenders._compilable(vram.methods()[name])]
+    compiled = [name for name in names if step_contenders.compilable(vram.methods()[name])]
     assert compiled == ["peft-lora", "full"]
-    field, _ = step.contenders(case(), "cpu", here("lora", "full"), True)
-    assert [one.name for one in field] == ["frozen", "lora", "full", "full, torch.compile"]
+    field = step.contenders(case(), "cpu", here("lora", "full"), True)
+    assert [one.name for one in field.contenders] == ["frozen", "lora", "full", "full, torch.compile"]
 
 
-@pytest.fixture
-def cce(monkeypatch) -> list[dict]:
-    """A stand-in for Cut Cross Entropy which computes the logits."""
-    calls = []
-
-    def linear_cross_entropy(e, c, targets, **options):
-        calls.append(options)
-        return ForCausalLMLoss(e @ c.T, targets, c.shape[0])
-
-    package = SimpleNamespace(linear_cross_entropy=linear_cross_entropy)
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", package)
-    return calls
+def _event(name: str, on_gpu: bool = True, named: bool = False) -> SimpleNamespace:
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    return SimpleNamespace(name=name, device_type=kind, is_user_annotation=named)
 
 
-def test_cut_cross_entropy_is_the_models_loss(cce):
-    asked = case(dtype=torch.bfloat16)
-    field, losses = step.contenders(asked, "cpu", here("peft-lora", "peft-lora-cce", "peft-lora-cce-bf16"), False)
-    assert [one.check() for one in field] == [{}] * 4
-    assert cce == [{"softcap": None, "shift": True}] * 2 and len(set(losses.values())) == 1
+def test_copies_and_fills_are_no_kernels():
+    copies = ("Memcpy DtoD (Device -> Device)", "Memcpy HtoD (Pageable -> Device)", "Memset (Device)")
+    assert not any(step._is_kernel(_event(name)) for name in copies)
+    assert not step._is_kernel(_event("Optimizer.step#AdamW.step", named=True))
+    assert not step._is_kernel(_event("cudaLaunchKernel", on_gpu=False))
+    assert step._is_kernel(_event("void at::native::vectorized_elementwise_kernel<4>")) and step._is_kernel(_event("x"))
+
+
+def test_memory_is_over_the_bases_weights_by_optimizer(tmp_path):
+    """Adam's two moments of full fine-tuning are two more sets of weights; rows of both optimizers are kept."""
+    path = tmp_path / "step.csv"
+    for optimizer in ("sgd", "adamw-fused"):
+        assert step.main([*SMALL, "--method", "full", "lora", "--optimizer", optimizer, "--csv", str(path)]) == 0
+    peaks = {}
+    for row in csv.DictReader(path.open()):
+        peaks[row["contender"], row["case"].rpartition("=")[2]] = int(row["peak_bytes"])
+    assert len(peaks) == 6
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in case(dtype=torch.bfloat16).shortened().build(torch.bfloat16).parameters())
+    assert peaks["full", "sgd"] > weights  # its gradients
+    assert abs(peaks["full", "adamw-fused"] - peaks["full", "sgd"] - 2 * weights) < 0.01 * weights
+    adapters = 4 * 4 * (4 * 576 + 2 * 192 + 2 * 576 + 3 * (576 + 1536))  # fp32 of rank 4: q and o, k and v, the MLP's
+    assert abs(peaks["lora", "adamw-fused"] - peaks["lora", "sgd"] - 2 * adapters) < 0.1 * adapters
+    assert peaks["lora", "sgd"] - peaks["frozen", "sgd"] > adapters
+
+
+def test_full_fine_tuning_leaves_the_shared_base_alone():
+    field = step.contenders(case(), "cpu", here("lora", "full"), False)
+    steps = {one.name: one.step for one in field.contenders}
+    before = float(steps["frozen"](0)), float(steps["full"](0))
+    assert float(steps["full"](0)) < before[1] and float(steps["frozen"](0)) == before[0] == before[1]
+    assert not any(p.requires_grad for p in field.base.parameters())
+
+
+def test_gradients_do_not_add_up_from_step_to_step():
+    weight = nn.Parameter(torch.tensor([3.0]))
+    model = nn.Module()
+    model.weight, model.forward = weight, lambda factor: weight.sum() * factor
+    steps = step_contenders._training(model, {"factor": torch.tensor(2.0)}, torch.optim.SGD([weight], lr=0.5))
+    assert [float(steps(i)) for i in range(3)] == [6.0, 4.0, 2.0]
+    assert weight.grad is None
+
+
+def _failing(name: str, error: Exception) -> memory_methods.Method:
+    def fails(model: nn.Module, options: memory_methods.Options) -> nn.Module:
+        raise error
+
+    return replace(vram.methods()[name], adapt=fails)
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "message"),
+    ("error", "status"),
     [
-        ("minilm-l6", "peft-lora-liger", "liger-kernel .* does not know model type bert"),
-        ("minilm-l6", "peft-lora-cce", "cut-cross-entropy .* does not know model type bert"),
-        ("smollm2-135m", "peft-lora-cce", "cut-cross-entropy needs a bf16 or fp16 model"),
+        (RuntimeError("no such layer"), "error: RuntimeError: no such layer"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
     ],
 )
-def test_a_peer_that_does_not_know_the_model(model, method, message, liger, cce):
-    field, _ = step.contenders(case(model=model), "cpu", here(method), False)
-    assert re.search(message, field[1].missing) and not liger and not cce
+@pytest.mark.parametrize(("name", "code"), [("peft-lora", 0), ("lora", 1)])
+def test_a_contender_that_fails_while_it_is_built_is_a_row(error, status, name, code):
+    asked = case()
+    field = step.contenders(asked, "cpu", [_failing(name, error)], False)
+    (row,) = cases.run_case("step", asked, "cpu", {}, contenders=field.contenders[1:])
+    assert row["status"] == status and row["role"] == ("peer" if name == "peft-lora" else "ours")
+    assert step._bad(row) == code
 
 
-def test_a_peer_that_does_not_fit_what_is_here(cce, monkeypatch):
-    def fails(*args, **options):
-        raise AttributeError("there is no x")
-
-    asked, methods = case(dtype=torch.bfloat16), here("peft-lora-cce")
-    monkeypatch.setattr(sys.modules["cut_cross_entropy"], "linear_cross_entropy", fails)
-    field, _ = step.contenders(asked, "cpu", methods, False)
-    with pytest.raises(RuntimeError, match="AttributeError: there is no x"):
-        field[1].check()
-    monkeypatch.setattr(step_peers, "_causal", fails)
-    field, _ = step.contenders(asked, "cpu", methods, False)
-    assert field[1].missing == "error: AttributeError: there is no x"
+@pytest.mark.parametrize(
+    ("role", "status", "bad"),
+    [
+        ("peer", "ok", False), ("peer", "not installed: pip install x", False), ("peer", "error: TypeError: x", False),
+        ("peer", "wrong values: loss 3x its bound", True), ("peer", "leaks 8 bytes a step", True),
+        ("ours", "ok", False), ("ours", "out of memory", True), ("floor", "out of memory", True),
+    ],
+)  # fmt: skip
+def test_what_makes_the_command_fail(role, status, bad):
+    assert step._bad({"role": role, "status": status}) == bad
 
 
-def test_a_loss_that_is_not_finite_is_not_timed(monkeypatch, tmp_path, capsys):
-    def broken(model: nn.Module, options: memory_methods.Options) -> nn.Module:
-        model = vram.methods()["lora"].adapt(model, options)
-        model.register_forward_hook(lambda module, args, out: out.loss * math.inf)
-        return model
-
-    known = {**vram.methods(), "broken": memory_methods.Method("broken", memory_methods.full_estimate, broken)}
+def test_a_failure_of_ours_is_the_exit_status(monkeypatch, capsys):
+    known = vram.methods() | {"lora": _failing("lora", RuntimeError("no such layer"))}
     monkeypatch.setattr(vram, "methods", lambda: known)
-    path = tmp_path / "step.csv"
-    assert step.main([*SMALL, "--method", "broken", "peft-lora", "--csv", str(path)]) == 0
-    rows = {row["contender"]: row for row in csv.DictReader(path.open())}
-    assert rows["broken"]["status"].startswith("wrong values: loss") and not rows["broken"]["ms_p50"]
-    assert rows["peft-lora"]["status"] == rows["frozen"]["status"] == "ok"
-    shown = dict(re.findall(r"^ *([\w-]+) .* ([\w.]+)$", capsys.readouterr().out, re.M))
-    assert shown["broken"] == "inf" and shown["frozen"] == shown["peft-lora"] and 9 < float(shown["frozen"]) < 13
+    assert step.main([*SMALL, "--method", "lora"]) == 1
+    shown = capsys.readouterr()
+    assert "error: RuntimeError: no such layer" in shown.out and "check frozen" in shown.err
+
+
+def test_a_base_that_does_not_fit_is_said(monkeypatch, capsys):
+    def fails(self, dtype):
+        if torch.empty(0).device.type != "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(self, dtype)
+
+    build = architectures.Architecture.build
+    monkeypatch.setattr(architectures.Architecture, "build", fails)
+    assert step.main(SMALL) == 1
+    assert capsys.readouterr().err.endswith("step: out of memory\n")
