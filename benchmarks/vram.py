@@ -29,7 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from benchmarks import cases, vram_fits, vram_measure, vram_report
+from benchmarks import cases, rows, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
 from benchmarks.memory_methods import BASE_METHODS, NEEDS_CUDA, OPTIMIZERS, Estimate, Method, Options, Unsuited
@@ -215,7 +215,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("csv", "json", "png", "snapshot"):
         try:
             if path := getattr(args, name):
-                vram_report.make_room(path)
+                rows.make_room(path)
         except OSError as error:
             parser.error(f"--{name} {path} cannot be written: {error.strerror}")
 

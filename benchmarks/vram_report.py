@@ -1,9 +1,7 @@
 """The memory tables in print, as CSV, JSON and as a picture."""
 
-import errno
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,19 +156,6 @@ def picture(question, results):
     return figure
 
 
-def make_room(path: Path) -> None:
-    """Make a file's folder.
-
-    Raises:
-        OSError: no file can be written there.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder; expected a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent):
-        pass
-
-
 def _about(question, results) -> dict[str, object]:
     """What was asked, of which version of the sources, and where it was measured."""
     about = {"model": question.architecture.name, "batch": question.batch, "seq": question.seq}
@@ -185,7 +170,8 @@ def _about(question, results) -> dict[str, object]:
 
 def _csv(question, found: list[dict], about: dict) -> bytes:
     """The rows, each with what it is of: a file that was moved still says so."""
-    asked = {name: about[name] for name in ("model", "batch", "seq")} | {"dtype": _dtype(question)}
+    names = ("model", "batch", "seq", "rank", "targets", "checkpointing")
+    asked = {name: about[name] for name in names} | {"update": about["optimizer"], "dtype": _dtype(question)}
     versions = {name: about[name] for name in ("torch", "commit")}
     measured = about.get("measured_on", {}).get("device")
     lines = []

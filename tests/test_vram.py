@@ -102,6 +102,7 @@ def test_files(tmp_path, monkeypatch):
     for row in rows[1:]:
         assert sum(int(row[kind]) for kind in kinds) == int(row["allocated"])
     about = {"model": "shallow", "batch": "2", "seq": "16", "dtype": "float32", "device": "compute capability 9.0"}
+    about |= {"rank": "8", "targets": "all-linear", "update": "adamw", "checkpointing": "False"}
     about |= {"torch": environment.version("torch"), "commit": "abc"}
     for row in rows:
         assert {name: row[name] for name in about} == about
