@@ -32,7 +32,7 @@ try:
     from tabulate import tabulate
     from tqdm import tqdm
 
-    from benchmarks import cases, environment, rows, vram, vram_report
+    from benchmarks import cases, environment, rows, vram
     from benchmarks.architectures import find
     from benchmarks.failures import because
     from benchmarks.lora_linear import arch_here
@@ -117,7 +117,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_file(parser: argparse.ArgumentParser, path: Path) -> None:
     """End the program where rows cannot be merged into the file."""
     try:
-        vram_report.make_room(path)
+        rows.make_room(path)
         rows.read(path)
     except OSError as error:
         parser.error(f"--csv {path} cannot be written: {error.strerror}")
