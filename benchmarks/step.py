@@ -209,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses, tokens = field.losses.values, args.batch * args.seq
     print(f"{case.label}, {args.dtype}, on {environment.describe(args.device)}\n")
     print(table(case, found, losses, counted, lambda trained: model_flops(model, tokens, trained)))
-    if field.losses.bound is not None:
+    if case.drops:
+        print("\nlosses are not compared: the model drops at random")
+    elif field.losses.bound is not None:
         print(f"\nlosses may be {field.losses.bound:.2g} from the frozen model's by rounding")
     if args.csv:
         rows.write(args.csv, found)

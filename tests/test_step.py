@@ -168,7 +168,7 @@ def test_memory_is_over_the_bases_weights_by_optimizer(tmp_path):
     assert abs(peaks["full", "adamw-fused"] - peaks["full", "sgd"] - 2 * weights) < 0.01 * weights
     adapters = 4 * 4 * (4 * 576 + 2 * 192 + 2 * 576 + 3 * (576 + 1536))  # fp32 of rank 4: q and o, k and v, the MLP's
     assert abs(peaks["lora", "adamw-fused"] - peaks["lora", "sgd"] - 2 * adapters) < 0.1 * adapters
-    assert peaks["lora", "sgd"] - peaks["frozen", "sgd"] > adapters
+    assert weights > peaks["lora", "sgd"] - peaks["frozen", "sgd"] > adapters
 
 
 def test_full_fine_tuning_leaves_the_shared_base_alone():

@@ -36,6 +36,18 @@ def test_one_right_loss_in_a_million_is_refused():
     assert math.isclose(_tail(step_loss.STUDENT, step_loss.DRAWS), 1e-6, rel_tol=5e-3)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 2**-19)])
+def test_every_number_moves_by_a_unit_or_by_the_walk_of_its_sum(dtype, unit):
+    """256 terms of fp32: sixteen units of 2^-23."""
+    x, out = torch.ones(1, 256, dtype=dtype), torch.full((1, 64), 1.0, dtype=dtype)
+    moved = step_loss._moved(nn.Identity(), (x,), out)
+    assert set(moved.flatten().tolist()) == {1 - unit, 1 + unit} and moved.dtype == dtype
+    assert set(step_loss._moved(nn.Identity(), (), out).flatten().tolist()) == {
+        1 - torch.finfo(dtype).eps, 1 + torch.finfo(dtype).eps,
+    }  # fmt: skip
+    assert step_loss._moved(nn.Identity(), (x,), {"out": out}) == {"out": out} and set(out.flatten().tolist()) == {1.0}
+
+
 def _changed(name: str, change) -> memory_methods.Method:
     """`lora` whose output `change` makes another, as a peer called `name`."""
 
