@@ -205,6 +205,7 @@ def _bad(device: str) -> dict[str, tuple[dict, str]]:
         "weight elsewhere": ({"weight": torch.zeros(5, 11, device="meta")}, "weight is .* on meta.*device of x"),
         "bias too long": ({"bias": z(6)}, r"bias is .*\[6\].*expected \[5\]"),
         "bias a column": ({"bias": z(5, 1)}, r"bias is .*\[5, 1\].*expected \[5\]"),
+        "no bias": ({"bias": None}, "bias is None; expected a tensor"),
         "bias of integers": ({"bias": z(5, dtype=torch.int8)}, "bias is torch.int8.*floating"),
     }
 

@@ -13,8 +13,10 @@ def refuse(function: str, name: str, tensor: Tensor, expected: str) -> None:
 
 
 def check_kind(function: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless the tensor is floating and on `device`, which is x's."""
+    """Raise ValueError unless it is a tensor, floating, and on `device`, which is x's."""
     # Each call pays for this: messages are made only where something is wrong.
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{function}: {name} is {tensor!r}; expected a tensor")
     if tensor.dtype not in _DTYPES:
         refuse(function, name, tensor, "a floating dtype: float16, bfloat16, float32 or float64")
     if tensor.device != device:
