@@ -27,7 +27,8 @@ MEASURED = (
     "ours_over_this",  # median over the rounds of ours / this: below 1 is where ours is faster
     "ours_over_this_low",
     "ours_over_this_high",
-    "peak_bytes",  # most allocated during the part, minus what was allocated before it
+    "peak_bytes",  # most allocated during the part, minus what was allocated before it; of a whole step, minus the
+    # base model's weights
     "saved_bytes",  # kept between forward and backward, parameters not counted
     "error_over_bound",  # worst |value - fp64 truth| / derived bound over sampled outputs and gradients
 )
