@@ -10,28 +10,7 @@
 
 namespace peft_kernels {
 
-#define PEFT_KERNELS_DECLARE(isa) \
-  namespace isa {                 \
-  extern const BiasGradKernels bias_grad_kernels; \
-  }
-PEFT_KERNELS_DECLARE(portable)
-#if defined(PEFT_KERNELS_X86)
-PEFT_KERNELS_DECLARE(avx2)
-PEFT_KERNELS_DECLARE(avx512)
-PEFT_KERNELS_DECLARE(avx512bf16)
-#endif
-#undef PEFT_KERNELS_DECLARE
-
-const BiasGradKernels& bias_grad_kernels() {
-  switch (active_isa()) {
-#if defined(PEFT_KERNELS_X86)
-    case Isa::avx2: return avx2::bias_grad_kernels;
-    case Isa::avx512: return avx512::bias_grad_kernels;
-    case Isa::avx512bf16: return avx512bf16::bias_grad_kernels;
-#endif
-    default: return portable::bias_grad_kernels;
-  }
-}
+PEFT_KERNELS_BY_ISA(BiasGradKernels, bias_grad_kernels, bias_grad_kernels)
 
 namespace {
 

@@ -21,3 +21,29 @@ std::string isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // throws std::invalid_argument
 
 }  // namespace peft_kernels
+
+// In namespace peft_kernels of a binding: choose() gives the `table`, a constant of type Table that each instruction
+// set's namespace defines, of the one in use.
+#define PEFT_KERNELS_DECLARE(isa, Table, table) \
+  namespace isa {                               \
+  extern const Table table;                     \
+  }
+#if defined(PEFT_KERNELS_X86)
+#define PEFT_KERNELS_BY_ISA(Table, table, choose)      \
+  PEFT_KERNELS_DECLARE(portable, Table, table)         \
+  PEFT_KERNELS_DECLARE(avx2, Table, table)             \
+  PEFT_KERNELS_DECLARE(avx512, Table, table)           \
+  PEFT_KERNELS_DECLARE(avx512bf16, Table, table)       \
+  const Table& choose() {                              \
+    switch (active_isa()) {                            \
+      case Isa::avx2: return avx2::table;              \
+      case Isa::avx512: return avx512::table;          \
+      case Isa::avx512bf16: return avx512bf16::table;  \
+      default: return portable::table;                 \
+    }                                                  \
+  }
+#else
+#define PEFT_KERNELS_BY_ISA(Table, table, choose) \
+  PEFT_KERNELS_DECLARE(portable, Table, table)    \
+  const Table& choose() { return portable::table; }
+#endif

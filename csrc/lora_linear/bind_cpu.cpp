@@ -16,27 +16,7 @@
 
 namespace peft_kernels {
 
-#define PEFT_KERNELS_DECLARE(isa) \
-  namespace isa {                 \
-  extern const LoraKernels lora_linear_kernels; \
-  }
-PEFT_KERNELS_DECLARE(portable)
-#if defined(PEFT_KERNELS_X86)
-PEFT_KERNELS_DECLARE(avx2)
-PEFT_KERNELS_DECLARE(avx512)
-PEFT_KERNELS_DECLARE(avx512bf16)
-#endif
-
-const LoraKernels& lora_kernels() {
-  switch (active_isa()) {
-#if defined(PEFT_KERNELS_X86)
-    case Isa::avx2: return avx2::lora_linear_kernels;
-    case Isa::avx512: return avx512::lora_linear_kernels;
-    case Isa::avx512bf16: return avx512bf16::lora_linear_kernels;
-#endif
-    default: return portable::lora_linear_kernels;
-  }
-}
+PEFT_KERNELS_BY_ISA(LoraKernels, lora_linear_kernels, lora_kernels)
 
 namespace {
 
