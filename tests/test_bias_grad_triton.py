@@ -1,10 +1,6 @@
 """The Triton bias_grad against fp64 truth, on a GPU, else in a process that runs Triton's interpreter; its plans."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import interpreted
 import pytest
 import torch
 
@@ -12,10 +8,8 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton, which is o
 
 from peft_kernels.kernels.bias_grad.configs import STEPS, floor_bytes, pick_config, pick_sum
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-if INTERPRETED or torch.cuda.is_available():
-    if INTERPRETED:
+if interpreted.INTERPRETED or torch.cuda.is_available():
+    if interpreted.INTERPRETED:
         import interpreter
 
         interpreter.repair()
@@ -24,14 +18,7 @@ else:
     # triton reads TRITON_INTERPRET when a kernel is defined: too late in this process.
     @pytest.mark.parametrize("shard", ["check_layouts or check_sizes", "not check_layouts and not check_sizes"])
     def test_under_the_interpreter(shard):
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-k", shard, "-p", "no:cacheprovider"],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        interpreted.check(__file__, shard)
 
 
 SHAPES = [(1, 1), (17, 3), (1_000_000, 3), (8192, 4096), (8192, 128_256), (2**31, 1), (2**40, 8), (3, 2**31)]

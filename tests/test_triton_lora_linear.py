@@ -1,19 +1,13 @@
 """The Triton LoRA linear against fp64 truth: here on a GPU, else in processes that run Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import interpreted
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton, which is optional")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-if INTERPRETED or torch.cuda.is_available():
-    if INTERPRETED:
+if interpreted.INTERPRETED or torch.cuda.is_available():
+    if interpreted.INTERPRETED:
         import interpreter
 
         interpreter.repair()
@@ -31,11 +25,4 @@ else:
 
     @pytest.mark.parametrize("shard", SHARDS)
     def test_under_the_interpreter(shard):
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-k", shard, "-p", "no:cacheprovider"],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        interpreted.check(__file__, shard)
