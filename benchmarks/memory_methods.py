@@ -8,6 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""As the options of commands call them."""
+
 
 @dataclass(frozen=True)
 class Options:

@@ -109,6 +109,17 @@ def make_room(path: Path) -> None:
         pass
 
 
+def check_file(path: Path) -> None:
+    """Raise ValueError, saying why, where rows cannot be merged into the file at `path`; make its folder."""
+    try:
+        make_room(path)
+        read(path)
+    except OSError as error:
+        raise ValueError(f"cannot be written: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"is not a file of rows: {error}") from error
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write the file at `path`, and its folders, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

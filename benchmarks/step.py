@@ -17,7 +17,6 @@ the options make no sense.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,12 +31,12 @@ try:
     from tabulate import tabulate
     from tqdm import tqdm
 
-    from benchmarks import cases, environment, rows, vram
+    from benchmarks import cases, environment, rows, summary, vram
     from benchmarks.architectures import find
     from benchmarks.failures import because
     from benchmarks.lora_linear import arch_here
     from benchmarks.measure import Effort
-    from benchmarks.memory_methods import Method, Options, targeted
+    from benchmarks.memory_methods import DTYPES, Method, Options, targeted
     from benchmarks.step_contenders import Field, Step, StepCase, compilable, contenders, model_flops
     from benchmarks.step_fits import fitting_layers
 except ModuleNotFoundError as missing:
@@ -109,20 +108,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds is {args.rounds}; expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device")
-    if args.csv:
-        _check_file(parser, args.csv)
-    return args
-
-
-def _check_file(parser: argparse.ArgumentParser, path: Path) -> None:
-    """End the program where rows cannot be merged into the file."""
     try:
-        rows.make_room(path)
-        rows.read(path)
-    except OSError as error:
-        parser.error(f"--csv {path} cannot be written: {error.strerror}")
-    except (ValueError, csv.Error) as error:
-        parser.error(f"--csv {path} is not a file of rows: {error}")
+        if args.csv:
+            rows.check_file(args.csv)
+    except ValueError as error:
+        parser.error(f"--csv {args.csv} {error}")
+    return args
 
 
 def asked_case(args: argparse.Namespace) -> StepCase:
@@ -131,7 +122,7 @@ def asked_case(args: argparse.Namespace) -> StepCase:
     Raises:
         ValueError: it makes no sense.
     """
-    options = Options(args.rank, "all-linear", vram.DTYPES[args.dtype])
+    options = Options(args.rank, "all-linear", DTYPES[args.dtype])
     case = StepCase(find(args.model), 1, args.batch, args.seq, options, args.optimizer)
     case.architecture.batch(args.batch, args.seq)
     most = case.architecture.config.num_hidden_layers
@@ -152,11 +143,6 @@ def measured(case: StepCase, field: Field, device: str, rounds: int) -> tuple[li
             row["peak_bytes"] = str(int(row["peak_bytes"]) + field.resident[row["contender"]]())
     timed = {row["contender"] for row in found if row["ms_p50"]}
     return found, {one.name: launches(one.step, device) for one in field.contenders if one.name in timed}
-
-
-def _bad(row: rows.Row) -> bool:
-    status = row["status"]
-    return status.startswith(("wrong values", "leaks")) or (row["role"] != "peer" and status != "ok")
 
 
 def layers_here(case: StepCase, chosen: Sequence[Method], args: argparse.Namespace) -> int:
@@ -216,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.csv:
         rows.write(args.csv, found)
         print(f"wrote {args.csv}")
-    return int(any(_bad(row) for row in found))
+    return int(any(summary.is_fault(row) for row in found))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called by its pa
 
 from benchmarks import cases, environment, rows, summary
 from benchmarks.measure import PARTS, Effort
+from benchmarks.memory_methods import DTYPES, linears
 from benchmarks.rows import Row
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 _SAME = ("device", "threads", *(name for name in rows.WHERE if name not in ("commit", "date")))
 """Columns in which a measurement that is done must be as one that would be made now."""
@@ -54,14 +52,14 @@ def model_layers(name: str) -> dict[tuple[int, int], list[str]]:
     Raises:
         ValueError: no such model.
     """
-    from benchmarks import architectures, memory_methods  # they need transformers, which the other suites do not
+    from benchmarks import architectures  # it needs transformers, which the suites do not
 
     architecture = architectures.find(name)
     architecture.config.num_hidden_layers = 1
     with torch.device("meta"):
         model = architecture.build(torch.bfloat16)
     found: dict[tuple[int, int], list[str]] = {}
-    for path, sizes in memory_methods.linears(model).items():
+    for path, sizes in linears(model).items():
         kinds = found.setdefault(sizes, [])
         kinds += [path.rpartition(".")[2]] * (path.rpartition(".")[2] not in kinds)
     return found
@@ -79,7 +77,7 @@ def chosen_cases(primitive: str, args: argparse.Namespace) -> list:
         print(f"{args.model}: " + "; ".join(f"N={n} K={k} {', '.join(kinds)}" for (k, n), kinds in layers.items()))
         for M in args.rows:
             for R in args.rank:
-                found += mine.of_layers(layers, M, R, _DTYPES[args.dtype], args.dropout)
+                found += mine.of_layers(layers, M, R, DTYPES[args.dtype], args.dropout)
     unique: dict = {}
     for case in found:
         twin = unique.get((case.label, case.dtype), case)
@@ -120,7 +118,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="the linear layers of a named model, or of a config.json, as shapes")
     parser.add_argument("--rows", type=int, nargs="+", default=[2048], metavar="M", help="of x, with --model")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="with --model")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bf16", help="with --model")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="with --model")
     parser.add_argument("--dropout", type=float, default=0.0, help="with --model")
     parser.add_argument("--compile", action="store_true", help="peers under torch.compile too: some seconds a case")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -152,9 +150,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.rounds = args.rounds or (10 if args.quick else 50 if args.device == "cuda" else 5)
     for path in [_file(args.csv, name) for name in args.primitive] if args.csv else ():
         try:
-            rows.make_room(path)
-            rows.read(path)
-        except (OSError, ValueError) as error:
+            rows.check_file(path)
+        except ValueError as error:
             parser.error(f"--csv {args.csv}: {error}")
     return args
 

@@ -32,11 +32,9 @@ from tqdm import tqdm
 from benchmarks import cases, rows, vram_fits, vram_measure, vram_report
 from benchmarks.architectures import NAMES, Architecture, find, one_line
 from benchmarks.lora_linear import arch_here
-from benchmarks.memory_methods import BASE_METHODS, NEEDS_CUDA, OPTIMIZERS, Estimate, Method, Options, Unsuited
+from benchmarks.memory_methods import BASE_METHODS, DTYPES, NEEDS_CUDA, OPTIMIZERS, Estimate, Method, Options, Unsuited
 from peft_kernels.memory.predict import Prediction, predict_memory
 from peft_kernels.memory.replay import Replay, check_arch
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _FAILURES = (RuntimeError, MemoryError, ValueError, AssertionError)
 """What a method's own step may end in: memory that is out, values read on fake tensors, a model it is not made for."""

@@ -208,7 +208,7 @@ def test_a_contender_that_fails_while_it_is_built_is_a_row(error, status, name, 
     field = step.contenders(asked, "cpu", [_failing(name, error)], False)
     (row,) = cases.run_case("step", asked, "cpu", {}, contenders=field.contenders[1:])
     assert row["status"] == status and row["role"] == ("peer" if name == "peft-lora" else "ours")
-    assert step._bad(row) == code
+    assert step.summary.is_fault(row) == code
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_contender_that_fails_while_it_is_built_is_a_row(error, status, name, 
     ],
 )  # fmt: skip
 def test_what_makes_the_command_fail(role, status, bad):
-    assert step._bad({"role": role, "status": status}) == bad
+    assert step.summary.is_fault({"role": role, "status": status}) == bad
 
 
 def test_a_failure_of_ours_is_the_exit_status(monkeypatch, capsys):
