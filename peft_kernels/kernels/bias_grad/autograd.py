@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
+from ..._core.derivatives import first_only
 from . import op
 from .reference import accumulator
 
 _NAME = "bias_linear"
+_ONCE = "bias_linear has no second derivative: use torch.nn.functional.linear for double backward"
 
 
 def _gradients(dy, x, weight, needed, weight_dtype, bias_dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -37,21 +39,7 @@ class _BiasLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        args = (dy, *ctx.saved_tensors, ctx.needed, *ctx.dtypes)
-        # Under create_graph the gradients must not pass for constants: a node that raises stands behind them.
-        return _NoSecondDerivative.apply(*args) if torch.is_grad_enabled() else _gradients(*args)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The backward, recorded only so that differentiating it says what is wrong."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        return _gradients(*args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("bias_linear has no second derivative: use torch.nn.functional.linear for double backward")
+        return first_only(_ONCE, _gradients, dy, *ctx.saved_tensors, ctx.needed, *ctx.dtypes)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:

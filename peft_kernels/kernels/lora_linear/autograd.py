@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
+from ..._core.derivatives import first_only
 from . import op
 from .reference import drop_threshold, effective_scaling
 
 _NAME = "lora_linear"
+_ONCE = "lora_linear has no second derivative: use the reference for double backward"
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -39,25 +41,12 @@ class _LoRALinear(torch.autograd.Function):
         if mask is None:
             mask = dy.new_empty(0, dtype=torch.uint8)
         args = (dy, x, weight, lora_a, lora_b, s, mask, ctx.scaling, *ctx.needed)
-        # Under create_graph the gradients must not pass for constants: a node that raises stands behind them.
-        grads = _NoSecondDerivative.apply(*args) if torch.is_grad_enabled() else op.lora_linear_bwd(*args)
+        grads = first_only(_ONCE, op.lora_linear_bwd, *args)
         dx, dlora_a, dlora_b, dbias = (g if n else None for g, n in zip(grads, ctx.needed, strict=True))
         dweight = (dy.t() @ x).to(ctx.weight_dtype) if ctx.need_dweight else None
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
         return dx, dweight, dlora_a, dlora_b, dbias, None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The backward op, recorded only so that differentiating it says what is wrong."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        return op.lora_linear_bwd(*args)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("lora_linear has no second derivative: use the reference for double backward")
 
 
 def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
