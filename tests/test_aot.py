@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton, which is o
 
 import aot
 
-from peft_kernels.kernels._shared import sums
+from peft_kernels.kernels._shared import columns, sums
 from peft_kernels.kernels.bias_grad import triton_impl as bias_grad
 from peft_kernels.kernels.lora_linear import triton_impl, triton_launch
 from peft_kernels.kernels.lora_linear.configs import force, pick_config
@@ -170,7 +170,7 @@ def test_column_sums(arch, dtype):
         ((16, N), False),
     ):
         dy = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device="meta")
-        with aot.recording(bias_grad) as launches:
+        with aot.recording(bias_grad, columns) as launches:
             bias_grad.bias_grad(dy.t() if transposed else dy, out)
         assert len(launches) == (1 if shape[0] == 16 else 2)
         for launch in launches:

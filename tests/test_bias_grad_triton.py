@@ -6,7 +6,8 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton, which is optional")
 
-from peft_kernels.kernels.bias_grad.configs import STEPS, floor_bytes, pick_config, pick_sum
+from peft_kernels.kernels._shared.columns import pick_sum
+from peft_kernels.kernels.bias_grad.configs import STEPS, floor_bytes, pick_config
 
 if interpreted.INTERPRETED or torch.cuda.is_available():
     if interpreted.INTERPRETED:

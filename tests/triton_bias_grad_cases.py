@@ -8,8 +8,9 @@ import pytest
 import torch
 from bias_grad_checks import DTYPES, gradient, wide
 
+from peft_kernels.kernels._shared import columns
 from peft_kernels.kernels.bias_grad import triton_impl
-from peft_kernels.kernels.bias_grad.configs import SumTile, Tile
+from peft_kernels.kernels.bias_grad.configs import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -34,12 +35,12 @@ def test_offsets_of_64_bits(dtype):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Spans of several chains, many parts, tiles narrower than the matrix: what large shapes have."""
-    for plan in (triton_impl._plan, triton_impl._sum_plan):
+    for plan in (triton_impl._plan, columns._plan):
         plan.cache_clear()
     monkeypatch.setattr(triton_impl, "pick_config", lambda *_: Tile(4, 16, 64))
-    monkeypatch.setattr(triton_impl, "pick_sum", lambda N: SumTile(4, 16))
+    monkeypatch.setattr(columns, "pick_sum", lambda N: columns.SumTile(4, 16))
     yield
-    for plan in (triton_impl._plan, triton_impl._sum_plan):
+    for plan in (triton_impl._plan, columns._plan):
         plan.cache_clear()
 
 

@@ -6,7 +6,7 @@
 // plain read loop; four streams that run on through rows of their own 83 % (bf16, the memory at its fastest) to 117 %. Narrower
 // tiles, eight streams and prefetching while totals are added are slower or the same.
 #include "bias_grad.h"
-#include "column_sum_cpu.h"
+#include "../common/column_sum_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

@@ -30,15 +30,6 @@ class Tile:
     num_warps: int = 4
 
 
-@dataclass(frozen=True)
-class SumTile:
-    """How partial sums are added: block_p of them at a time over block_n columns."""
-
-    block_p: int
-    block_n: int
-    num_warps: int = 4
-
-
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -57,12 +48,6 @@ def pick_config(M: int, N: int, dtype: torch.dtype, transposed: bool = False) ->
     chains = max(_LEAST_CHAINS, -(-M * -(-N // block_n) // (_PROGRAMS * STEPS * block_m)))
     # Down the lines sums cross a warp: with four warps Triton 3.9 spills on an RTX 5090.
     return Tile(block_m, block_n, chains * STEPS * block_m, 8 if transposed else 4)
-
-
-def pick_sum(N: int) -> SumTile:
-    """The tile that adds partial sums [parts, N]: narrow, to have programs enough, with 16 bytes for each thread."""
-    block_n = min(64, max(16, _power_of_two(N)))
-    return SumTile(2048 // block_n, block_n)
 
 
 def floor_bytes(M: int, N: int, dtype: torch.dtype) -> int:

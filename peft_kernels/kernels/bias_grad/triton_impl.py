@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._shared.columns import add_parts
 from .._shared.launch import Plan, cdiv, launch
 from .._shared.tiles import load_tile
 from . import reference
-from .configs import STEPS, pick_config, pick_sum
+from .configs import STEPS, pick_config
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -40,34 +41,12 @@ def _bias_grad_kernel(
     tl.store(parts_ptr + part * N + offs_n, total.to(tl.float32).to(parts_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-@triton.jit
-def _bias_sum_kernel(
-    parts_ptr, dbias_ptr,
-    parts, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dbias = the sum of parts [parts, N], fp32, in fp64: there may be thousands, of one sign."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_P, BLOCK_N), dtype=tl.float64)
-    for start in range(0, parts, BLOCK_P):
-        offs_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
-        acc += load_tile(parts_ptr, offs_p, offs_n, parts, N, N, 1).to(tl.float64)
-    dbias = tl.sum(acc, axis=0).to(tl.float32)
-    tl.store(dbias_ptr + offs_n, dbias.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
-
-
 @lru_cache(maxsize=4096)
 def _plan(M: int, N: int, dtype: torch.dtype, transposed: bool, _out: torch.dtype) -> tuple[Plan, int]:
     tile = pick_config(M, N, dtype, transposed)
     grid = cdiv(N, tile.block_n), cdiv(M, tile.span), 1  # neighbours read neighbouring columns
     constants = {"STEPS": STEPS, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     return Plan(grid, constants, tile.num_warps, 1), tile.span
-
-
-@lru_cache(maxsize=4096)
-def _sum_plan(N: int, _out: torch.dtype) -> Plan:
-    tile = pick_sum(N)
-    return Plan((cdiv(N, tile.block_n), 1, 1), {"BLOCK_P": tile.block_p, "BLOCK_N": tile.block_n}, tile.num_warps, 1)
 
 
 def _transposed(dy: Tensor) -> bool:
@@ -86,7 +65,7 @@ def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
     out = dbias if parts == 1 else dy.new_empty((parts, N), dtype=torch.float32)
     launch(_bias_grad_kernel, plan, (dy,), (out,), (M, N, *dy.stride(), span))
     if parts > 1:
-        launch(_bias_sum_kernel, _sum_plan(N, dtype), (out,), (dbias,), (parts, N))
+        add_parts(out, dbias)
     return dbias
 
 
