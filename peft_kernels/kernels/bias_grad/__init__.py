@@ -1,1 +1,1 @@
-"""The bias gradient: dbias = dy.sum(0), and a linear whose backward makes nothing else for a frozen weight."""
+"""Bias gradients: dbias = dy.sum(0), also in one pass with an activation's backward, and a linear around them."""

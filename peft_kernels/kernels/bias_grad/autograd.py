@@ -1,4 +1,6 @@
-"""bias_linear: checks, the choice of what to save, and the thin autograd.Function around F.linear and bias_grad."""
+"""bias_linear: checks, the choice of what to save, and the thin autograd.Function around F.linear and the ops."""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -7,39 +9,57 @@ from torch import Tensor
 from ..._core.checks import autocasts, check_kind, refuse, rows
 from ..._core.derivatives import first_only
 from . import op
+from .activations import check_activation
 from .reference import accumulator
 
 _NAME = "bias_linear"
 _ONCE = "bias_linear has no second derivative: use torch.nn.functional.linear for double backward"
 
 
-def _gradients(dy, x, weight, needed, weight_dtype, bias_dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+_FORWARD = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
+
+def _activate(z: Tensor, activation: str | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """act(z), and of z what its backward needs: None, ReLU's mask, or z itself."""
+    if activation is None:
+        return z, None
+    if not keep:
+        return _FORWARD[activation](z), None
+    return op.relu_fwd(z) if activation == "relu" else (_FORWARD[activation](z), z)
+
+
+def _gradients(
+    dy, x, weight, kept, activation, needed, weight_dtype, bias_dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias, None where not needed."""
     need_dx, need_dweight, need_dbias = needed
-    dx = dy @ weight.to(dy.dtype) if need_dx else None
-    dweight = (dy.t() @ x).to(weight_dtype) if need_dweight else None
-    dbias = None
-    if need_dbias:
-        # A bias of another dtype is made from the sums in the accumulator, not from what dy's dtype leaves of them.
-        out = dy.dtype if bias_dtype == dy.dtype else accumulator(dy.dtype)
-        dbias = op.bias_grad(dy, out).to(bias_dtype)
-    return dx, dweight, dbias
+    # A bias of another dtype is made from the sums in the accumulator, not from what dy's dtype leaves of them.
+    out = dy.dtype if bias_dtype == dy.dtype else accumulator(dy.dtype)
+    if activation is None:
+        dz, dbias = dy, op.bias_grad(dy, out) if need_dbias else None
+    else:
+        dz, dbias = op.act_bwd(dy, kept, activation, need_dx or need_dweight, need_dbias, out)
+    dx = dz @ weight.to(dz.dtype) if need_dx else None
+    dweight = (dz.t() @ x).to(weight_dtype) if need_dweight else None
+    return dx, dweight, dbias.to(bias_dtype) if need_dbias else None
 
 
 class _BiasLinear(torch.autograd.Function):
-    """x is [M, K] here; leading dimensions are flattened by the caller."""
+    """x is [M, K] here; leading dimensions are flattened by the caller. keep: whether a backward may come."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        need_dx, need_dweight, _ = ctx.needed = ctx.needs_input_grad
+    def forward(ctx, x, weight, bias, activation, keep):
+        need_dx, need_dweight, _ = ctx.needed = ctx.needs_input_grad[:3]
+        y, kept = _activate(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)), activation, keep)
         # The weight as it came, not the copy in x's dtype: a parameter costs nothing to keep.
-        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None)
-        ctx.dtypes = weight.dtype, bias.dtype
-        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, kept)
+        ctx.activation, ctx.dtypes = activation, (weight.dtype, bias.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        return first_only(_ONCE, _gradients, dy, *ctx.saved_tensors, ctx.needed, *ctx.dtypes)
+        args = dy, *ctx.saved_tensors, ctx.activation, ctx.needed, *ctx.dtypes
+        return *first_only(_ONCE, _gradients, *args), None, None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -56,25 +76,32 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         refuse(_NAME, "bias", bias, f"[{N}] to match weight [{N}, {K}]")
 
 
-def bias_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias as `torch.nn.functional.linear`, with a backward made for training the bias alone (BitFit).
+def bias_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Tensor:
+    """act(x @ weight.T + bias), with a backward made for training the bias alone (BitFit).
 
     Args:
         x: [..., K], floating, any strides.
         weight: [N, K] in x's dtype (under autocast any floating dtype).
         bias: [N], any floating dtype: it is cast to x's, and its gradient comes from fp32 sums (fp64 for fp64).
+        activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu", as `torch.nn.functional`'s.
 
     Returns:
         [..., N] in x's dtype (the autocast dtype under autocast).
 
-    Saved for backward: weight if x requires grad, x only if weight does. The bias gradient is the same bit for bit
-    from run to run. A second derivative raises RuntimeError; `torch.func` transforms are not supported.
+    Saved for backward: weight if x requires grad, x only if weight does, and with an activation z = x @ weight.T + bias
+    if anything does, of which "relu" keeps one bit per element. One pass over the gradient of y makes both that of z
+    and that of the bias, which is the sum of what has not been rounded yet. The bias gradient is the same bit for bit
+    from run to run. At the infinities the derivatives are 0 and 1. A second derivative raises RuntimeError;
+    `torch.func` transforms are not supported.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, naming the argument.
+        ValueError: a shape, dtype, device or activation that does not fit, naming the argument.
     """
     _check(x, weight, bias)
+    if activation is not None:
+        check_activation(_NAME, activation)
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = _BiasLinear.apply(rows(x), weight, bias)
+    keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    y = _BiasLinear.apply(rows(x), weight, bias, activation, keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
