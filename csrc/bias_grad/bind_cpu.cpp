@@ -5,12 +5,12 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include "../common/column_sum.h"
 #include "../common/cpu_isa.h"
-#include "bias_grad.h"
 
 namespace peft_kernels {
 
-PEFT_KERNELS_BY_ISA(BiasGradKernels, bias_grad_kernels, bias_grad_kernels)
+PEFT_KERNELS_BY_ISA(ColumnSumKernels, column_sum_table, column_sum_kernels)
 
 namespace {
 
@@ -29,7 +29,7 @@ Dtype dtype_of(at::ScalarType type, const char* name) {
 Tensor bias_grad(const Tensor& dy, at::ScalarType dtype) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::ScalarType wide = dy.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  BiasGrad f;
+  ColumnSum f;
   f.dtype = dtype_of(dy.scalar_type(), "dy"), f.out_dtype = dtype_of(dtype, "dtype");
   TORCH_CHECK(dy.dim() == 2, "bias_grad: dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
   TORCH_CHECK(dtype == wide || dtype == dy.scalar_type(), "bias_grad: dtype is ", dtype, "; expected ", dy.scalar_type(),
@@ -39,9 +39,9 @@ Tensor bias_grad(const Tensor& dy, at::ScalarType dtype) {
   Tensor dbias = at::empty({f.N}, dy.options().dtype(dtype));
   if (f.N == 0) return dbias;
   if (f.M == 0) return dbias.zero_();
-  f.dy = dy.const_data_ptr(), f.dbias = dbias.mutable_data_ptr();
+  f.matrix = dy.const_data_ptr(), f.sums = dbias.mutable_data_ptr();
   f.threads = at::get_num_threads();
-  bias_grad_kernels().run(f);
+  column_sum_kernels().run(f);
   return dbias;
 }
 

@@ -1,12 +1,12 @@
-// The bias gradient on a CPU: dbias[n] = the sum over m of dy[m, n]. This file is compiled once per instruction set (PK_ISA).
+// The sums of a matrix's columns on a CPU: a bias gradient is those of dy. This file is compiled once per instruction set (PK_ISA).
 //
 // The matrix is cut into tasks by its shape alone, threads take them as they are free, and the tasks' sums are added in their
-// order: the same bits for every number of threads. What bounds it is one read of dy. Measured on two cores of a Zen 5 at
+// order: the same bits for every number of threads. What bounds it is one read of it. Measured on two cores of a Zen 5 at
 // [8192, 4096]: one row after another, or neighbouring rows side by side, whose streams end after 8 KB each, reach 65-85 % of a
 // plain read loop; four streams that run on through rows of their own 83 % (bf16, the memory at its fastest) to 117 %. Narrower
 // tiles, eight streams and prefetching while totals are added are slower or the same.
-#include "bias_grad.h"
-#include "../common/column_sum_cpu.h"
+#include "column_sum.h"
+#include "column_sum_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -26,7 +26,7 @@ int64_t rows_of_a_block(int64_t rows) {
 struct Wide {
   static constexpr int64_t tile_size = kTileCols + 64;  // the most a tile can hold; off the power of two
   int64_t group, rows, cols, row_stride, block_rows, blocks, tiles;
-  explicit Wide(const BiasGrad& f) {
+  explicit Wide(const ColumnSum& f) {
     const bool dense = f.row == f.N || f.M == 1;
     group = dense && f.N < kTileCols ? min64(f.M, kTileCols / f.N) : 1;
     rows = f.M / group, cols = f.N * group, row_stride = group == 1 ? f.row : cols;
@@ -50,12 +50,12 @@ void join(const float* parts, int64_t blocks, int64_t stride, double* columns) {
 }
 
 template <class T>
-void sum_wide(const BiasGrad& f, const Wide& w) {
-  const T* dy = static_cast<const T*>(f.dy);
+void sum_wide(const ColumnSum& f, const Wide& w) {
+  const T* matrix = static_cast<const T*>(f.matrix);
   struct Shared {
     float* parts;
     double *columns, *tail;  // of wide rows, and of the rows that fill no wide one
-    Shared(Arena& a, const BiasGrad& f, const Wide& w)
+    Shared(Arena& a, const ColumnSum& f, const Wide& w)
         : parts(a.take<float>(w.blocks * w.stride())),
           columns(a.take<double>(w.group == 1 ? 0 : w.cols)),
           tail(a.take<double>(w.group == 1 ? 0 : f.N)) {}
@@ -80,14 +80,14 @@ void sum_wide(const BiasGrad& f, const Wide& w) {
     for (int64_t task = 0; task < w.blocks * w.tiles; ++task) {
       const int64_t block = task / w.tiles, tile = task % w.tiles, row = block * w.block_rows;
       const Slots slots = w.slots(tile);
-      sum_rows(dy + row * w.row_stride + w.begin(tile), w.row_stride, min64(w.block_rows, w.rows - row), slots, own.chain,
+      sum_rows(matrix + row * w.row_stride + w.begin(tile), w.row_stride, min64(w.block_rows, w.rows - row), slots, own.chain,
                own.total);
       float* part = shared.parts + block * w.stride() + tile * Wide::tile_size;
       for (int64_t i = 0; i < slots.size(); ++i) part[i] = static_cast<float>(own.total[i]);
     }
 #pragma omp single nowait
     if (w.group > 1)
-      sum_strided(dy + w.rows * w.group * f.row, f.row, 1, f.M - w.rows * w.group, f.N, shared.tail);
+      sum_strided(matrix + w.rows * w.group * f.row, f.row, 1, f.M - w.rows * w.group, f.N, shared.tail);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < w.tiles * tile_slots; ++task) {
@@ -98,7 +98,7 @@ void sum_wide(const BiasGrad& f, const Wide& w) {
       join<T>(shared.parts + tile * Wide::tile_size + slot * kSlot, w.blocks, w.stride(), columns);
       const int64_t skip = slot * kSlot - slots.begin(slot), first = w.begin(tile) + slot * kSlot;
       if (w.group == 1)
-        write_as(f.out_dtype, f.dbias, first, columns + skip, kSlot - skip);
+        write_as(f.out_dtype, f.sums, first, columns + skip, kSlot - skip);
       else
         memcpy(shared.columns + first, columns + skip, (kSlot - skip) * sizeof(double));
     }
@@ -106,54 +106,54 @@ void sum_wide(const BiasGrad& f, const Wide& w) {
   if (w.group == 1) return;
   for (int64_t g = 0; g < w.group; ++g)
     for (int64_t n = 0; n < f.N; ++n) shared.tail[n] += shared.columns[g * f.N + n];
-  write_as(f.out_dtype, f.dbias, 0, shared.tail, f.N);
+  write_as(f.out_dtype, f.sums, 0, shared.tail, f.N);
 }
 
 // Columns whose elements lie side by side, as in a transposed matrix.
 template <class T>
-void sum_lines(const BiasGrad& f) {
-  const T* dy = static_cast<const T*>(f.dy);
+void sum_lines(const ColumnSum& f) {
+  const T* matrix = static_cast<const T*>(f.matrix);
   const int64_t runs = ceil_div(f.M, kLineRun);
   Workspace space(f.N * runs * sizeof(double));
   double* parts = static_cast<double*>(space.memory);
 #pragma omp parallel for schedule(static) num_threads(f.threads)
   for (int64_t task = 0; task < f.N * runs; ++task) {
     const int64_t n = task / runs, m = task % runs * kLineRun;
-    parts[task] = sum_line(dy + n * f.col + m, min64(kLineRun, f.M - m));
+    parts[task] = sum_line(matrix + n * f.col + m, min64(kLineRun, f.M - m));
   }
   for (int64_t n = 0; n < f.N; ++n) {
     double sum = parts[n * runs];
     for (int64_t run = 1; run < runs; ++run) sum += parts[n * runs + run];
-    write_as(f.out_dtype, f.dbias, n, &sum, 1);
+    write_as(f.out_dtype, f.sums, n, &sum, 1);
   }
 }
 
 template <class T>
-void sum_any(const BiasGrad& f) {
-  const T* dy = static_cast<const T*>(f.dy);
+void sum_any(const ColumnSum& f) {
+  const T* matrix = static_cast<const T*>(f.matrix);
   const int64_t block_rows = rows_of_a_block(f.M), blocks = ceil_div(f.M, block_rows), tiles = ceil_div(f.N, kStridedCols);
   Workspace space(blocks * f.N * sizeof(double));
   double* parts = static_cast<double*>(space.memory);
 #pragma omp parallel for schedule(dynamic) num_threads(f.threads)
   for (int64_t task = 0; task < blocks * tiles; ++task) {
     const int64_t block = task / tiles, m = block * block_rows, n = task % tiles * kStridedCols;
-    sum_strided(dy + m * f.row + n * f.col, f.row, f.col, min64(block_rows, f.M - m), min64(kStridedCols, f.N - n),
+    sum_strided(matrix + m * f.row + n * f.col, f.row, f.col, min64(block_rows, f.M - m), min64(kStridedCols, f.N - n),
                 parts + block * f.N + n);
   }
   for (int64_t b = 1; b < blocks; ++b)
     for (int64_t n = 0; n < f.N; ++n) parts[n] += parts[b * f.N + n];
-  write_as(f.out_dtype, f.dbias, 0, parts, f.N);
+  write_as(f.out_dtype, f.sums, 0, parts, f.N);
 }
 
 template <class T>
-void run(const BiasGrad& f) {
+void run(const ColumnSum& f) {
   const Wide wide(f);
   if ((f.col == 1 || f.N == 1) && wide.fits()) return sum_wide<T>(f, wide);
   if (f.row == 1 || f.M == 1) return sum_lines<T>(f);
   sum_any<T>(f);
 }
 
-void dispatch(const BiasGrad& f) {
+void dispatch(const ColumnSum& f) {
   switch (f.dtype) {
     case Dtype::f32: return run<float>(f);
     case Dtype::bf16: return run<bf16>(f);
@@ -164,8 +164,8 @@ void dispatch(const BiasGrad& f) {
 
 }  // namespace
 
-extern const BiasGradKernels bias_grad_kernels;
-const BiasGradKernels bias_grad_kernels{dispatch};
+extern const ColumnSumKernels column_sum_table;
+const ColumnSumKernels column_sum_table{dispatch};
 
 }  // namespace PK_ISA
 }  // namespace peft_kernels
