@@ -4,6 +4,7 @@ import importlib
 
 from .kernels.bias_grad.autograd import bias_linear
 from .kernels.lora_linear.autograd import lora_linear
+from .kernels.norm.autograd import layer_norm, rms_norm
 from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapter, trainable_parameters, unmerge
 from .methods.coverage import coverage
@@ -20,10 +21,12 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "inject",
+    "layer_norm",
     "load_adapter",
     "lora_linear",
     "merge",
     "predict_memory",
+    "rms_norm",
     "save_adapter",
     "set_adapter",
     "trainable_parameters",

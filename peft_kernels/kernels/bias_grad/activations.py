@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .reference import accumulator
+from ..._core.dtypes import accumulator
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 

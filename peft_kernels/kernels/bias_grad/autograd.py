@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
 from ..._core.derivatives import first_only
+from ..._core.dtypes import accumulator
 from . import op
 from .activations import check_activation
-from .reference import accumulator
 
 _NAME = "bias_linear"
 _ONCE = "bias_linear has no second derivative: use torch.nn.functional.linear for double backward"

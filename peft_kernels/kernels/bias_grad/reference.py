@@ -7,10 +7,7 @@ train (BitFit, Ben Zaken et al. 2021, arXiv 2106.10199) it is the only parameter
 import torch
 from torch import Tensor
 
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums of `dtype` are carried in: fp64 for fp64, fp32 for all else."""
-    return torch.promote_types(dtype, torch.float32)
+from ..._core.dtypes import accumulator
 
 
 def check(dy: Tensor, dtype: torch.dtype) -> None:
