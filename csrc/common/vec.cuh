@@ -41,6 +41,24 @@ __device__ __forceinline__ void unpack(const uint4& bits, float (&out)[kWide<T>]
   }
 }
 
+__device__ __forceinline__ unsigned pack_word(const float* values, float) { return __float_as_uint(values[0]); }
+__device__ __forceinline__ unsigned pack_word(const float* values, __nv_bfloat16) {
+  const unsigned low = __bfloat16_as_ushort(__float2bfloat16_rn(values[0]));
+  return low | static_cast<unsigned>(__bfloat16_as_ushort(__float2bfloat16_rn(values[1]))) << 16;
+}
+__device__ __forceinline__ unsigned pack_word(const float* values, __half) {
+  const unsigned low = __half_as_ushort(__float2half_rn(values[0]));
+  return low | static_cast<unsigned>(__half_as_ushort(__float2half_rn(values[1]))) << 16;
+}
+
+// What unpack takes apart; each value is rounded once.
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&values)[kWide<T>]) {
+  constexpr int kPerWord = kWide<T> / 4;
+  return {pack_word(values, T{}), pack_word(values + kPerWord, T{}), pack_word(values + 2 * kPerWord, T{}),
+          pack_word(values + 3 * kPerWord, T{})};
+}
+
 // ---- loaders: what a row pass reads, in `Raw` while the bytes are on their way and as kColumns floats after ----
 // A fused pass brings its own: `load` reads every operand at (row, column), `values` makes the terms of the sum and may
 // store other results there; it is called once for every row and column that exists. kBlocksPerSm: how many blocks of 256
