@@ -31,7 +31,8 @@ def share(op: Callable, rule: Rule) -> None:
 
 
 def _register(op: Callable, rule: Rule) -> None:
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
     def placed(placement: Placement):
@@ -44,6 +45,11 @@ def _register(op: Callable, rule: Rule) -> None:
         return [([placed(p) for p in outs], [placed(p) for p in ins]) for outs, ins in rule(*args)]
 
     register_sharding(op)(acceptable)
+    # What a rule gave is kept under the tensors, and other arguments only from the first int on: a backward that once
+    # needed no dx would never give one again. There is no public way to say what the result depends on.
+    first = next((i for i, a in enumerate(op._schema.arguments) if "Tensor" not in str(a.type)), 100)
+    infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    infos[op] = RuntimeSchemaInfo(first, needs_pytree=True)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -22,9 +22,11 @@ TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 TANH_CUBE = 0.044715
 
 
-def check_activation(function: str, activation: str) -> None:
+def check_activation(function: str, activation: str, besides: str = "") -> None:
+    """Raise ValueError unless it is one of the four; besides: what else the function takes."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{function}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        expected = f"{besides}one of {', '.join(ACTIVATIONS)}"
+        raise ValueError(f"{function}: activation is {activation!r}; expected {expected}")
 
 
 def check_relu(z: Tensor) -> None:

@@ -99,7 +99,7 @@ def bias_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None 
     """
     _check(x, weight, bias)
     if activation is not None:
-        check_activation(_NAME, activation)
+        check_activation(_NAME, activation, "None or ")
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
