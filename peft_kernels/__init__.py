@@ -10,10 +10,13 @@ from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapte
 from .methods.coverage import coverage
 from .methods.lora import inject
 from .methods.lora_config import LoraConfig
-from .nn import FusedLoRALinear
+from .nn import BiasLinear, FusedLayerNorm, FusedLoRALinear, FusedRMSNorm
 
 __all__ = [
+    "BiasLinear",
+    "FusedLayerNorm",
     "FusedLoRALinear",
+    "FusedRMSNorm",
     "LoraConfig",
     "accelerate",
     "bias_linear",

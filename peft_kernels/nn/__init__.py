@@ -1,5 +1,7 @@
 """Modules: they hold Parameters and call the kernels' public functions."""
 
+from .bias_linear import BiasLinear
+from .layer_norm import FusedLayerNorm, FusedRMSNorm
 from .lora_linear import FusedLoRALinear
 
-__all__ = ["FusedLoRALinear"]
+__all__ = ["BiasLinear", "FusedLayerNorm", "FusedLoRALinear", "FusedRMSNorm"]

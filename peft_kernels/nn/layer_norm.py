@@ -1,0 +1,124 @@
+"""FusedLayerNorm and FusedRMSNorm: Torch's layers, with the residual added and every gradient made in one pass each."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.norm.autograd import layer_norm, rms_norm
+from .base_linear import unfit
+from .dispatch import dispatch_refusal, give_dispatch, replaced_forward, take_dispatch
+from .hooks import immovable, move_hooks
+
+Normed = Tensor | tuple[Tensor, Tensor]
+"""y, or with a residual (y, input + residual)."""
+
+
+def _rows(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """[..., *normalized_shape] -> [..., K]."""
+    count = len(layer.normalized_shape)
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape[-count:]) != tuple(layer.normalized_shape):
+        shape = list(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(
+            f"{type(layer).__name__}: {name} is {shape}; expected [..., {', '.join(map(str, layer.normalized_shape))}]"
+        )
+    return tensor if count == 1 else tensor.flatten(-count)
+
+
+def _norm(layer: nn.Module, input: Tensor, residual: Tensor | None, function, *parameters: Tensor | None) -> Normed:
+    x = _rows(layer, "input", input)
+    if residual is not None:
+        residual = _rows(layer, "residual", residual)
+    flat = [parameter if parameter is None or parameter.dim() == 1 else parameter.flatten() for parameter in parameters]
+    found = function(x, *flat, eps=layer.eps, residual=residual)
+    if len(layer.normalized_shape) == 1:
+        return found
+    return found.view(input.shape) if residual is None else tuple(part.view(input.shape) for part in found)
+
+
+def _move(source: nn.Module, target: nn.Module) -> nn.Module:
+    hook = take_dispatch(source)
+    move_hooks(source, target)
+    give_dispatch(target, hook)
+    return target.train(source.training)
+
+
+def _check_source(source: nn.Module, cls: type[nn.Module], target: str) -> None:
+    reason = "it has a forward of its own" if replaced_forward(source, cls) else None
+    reason = reason or unfit(source, matrix=False) or dispatch_refusal(source) or immovable(source)
+    if reason is not None:
+        raise ValueError(f"{target} cannot replace this {type(source).__name__}: {reason}")
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm's constructor, Parameters and state_dict keys; the statistics and sums in fp32 (fp64 for fp64).
+
+    For the backward it keeps the input with its mean and 1 / standard deviation, and nothing where the bias alone
+    trains and the input needs no gradient.
+    """
+
+    @classmethod
+    def from_layer_norm(cls, norm: nn.LayerNorm) -> "FusedLayerNorm":
+        """A FusedLayerNorm on the very Parameters of an nn.LayerNorm, whose hooks move over with their handles.
+
+        Raises:
+            ValueError: not an nn.LayerNorm, or one that cannot be replaced, with the reason.
+        """
+        if not isinstance(norm, nn.LayerNorm):
+            raise ValueError(f"FusedLayerNorm cannot replace a {type(norm).__name__}: it is not nn.LayerNorm")
+        _check_source(norm, nn.LayerNorm, cls.__name__)
+        layer = cls(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        layer.elementwise_affine = norm.elementwise_affine
+        layer.weight, layer.bias = norm.weight, norm.bias
+        return _move(norm, layer)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Normed:
+        """input [..., *normalized_shape] -> the same; with a residual of input's shape (y, input + residual)."""
+        return _norm(self, input, residual, layer_norm, self.weight, self.bias)
+
+
+def _same_formula(norm: nn.Module, eps: float) -> bool:
+    """Whether `norm` computes weight * x / rms(x): its source may have (1 + weight), as Gemma's, under these names."""
+    twin = copy.deepcopy(norm).to_empty(device="cpu").to(torch.float32).requires_grad_(False)
+    K = norm.weight.numel()
+    ramp = torch.linspace(0.5, 2.0, K)
+    twin.weight.copy_(ramp)
+    x = torch.cos(torch.arange(3.0 * K)).view(3, K)
+    expected = ramp * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    # A 16-bit step inside rounds by 2**-8; another formula in `weight` is off by a quarter and more.
+    found = type(norm).forward(twin, x)  # not by calling it: its hooks have nothing to do with this
+    return bool(((found - expected).abs() <= 2**-6 * expected.abs()).all())
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """nn.RMSNorm's constructor, Parameters and state_dict keys; the mean square and sums in fp32 (fp64 for fp64)."""
+
+    @classmethod
+    def from_rms_norm(cls, norm: nn.Module) -> "FusedRMSNorm":
+        """A FusedRMSNorm on the very Parameter of nn.RMSNorm or of a layer like transformers' LlamaRMSNorm.
+
+        "Like": a weight [K], `variance_epsilon` or `eps`, and weight * x / sqrt(mean(x^2) + eps) for an output, which
+        is tried on a copy. Llama's rounds x / rms to 16 bits before it multiplies; this rounds once, at the end.
+
+        Raises:
+            ValueError: a layer that computes something else, or cannot be replaced, with the reason.
+        """
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", ...))
+        if not isinstance(norm, nn.RMSNorm) and (eps is ... or list(norm._parameters) != ["weight"]):
+            raise ValueError(
+                f"FusedRMSNorm cannot replace a {type(norm).__name__}: it is not nn.RMSNorm, and not a layer with a "
+                "weight and variance_epsilon or eps"
+            )
+        _check_source(norm, nn.RMSNorm if isinstance(norm, nn.RMSNorm) else type(norm), cls.__name__)
+        if not isinstance(norm, nn.RMSNorm) and not _same_formula(norm, eps):
+            raise ValueError(
+                f"FusedRMSNorm cannot replace a {type(norm).__name__}: its output is not weight * x / rms(x)"
+            )
+        shape = norm.normalized_shape if isinstance(norm, nn.RMSNorm) else norm.weight.shape
+        layer = cls(shape, eps, elementwise_affine=False)
+        layer.elementwise_affine, layer.weight = norm.weight is not None, norm.weight
+        return _move(norm, layer)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Normed:
+        """input [..., *normalized_shape] -> the same; with a residual of input's shape (y, input + residual)."""
+        return _norm(self, input, residual, rms_norm, self.weight, None)
