@@ -6,14 +6,17 @@ from .kernels.bias_grad.autograd import bias_linear
 from .kernels.lora_linear.autograd import lora_linear
 from .kernels.norm.autograd import layer_norm, rms_norm
 from .memory.predict import predict_memory
-from .methods.adapters import delete_adapter, disable_adapter, merge, set_adapter, trainable_parameters, unmerge
+from .methods.adapters import delete_adapter, disable_adapter, set_adapter, trainable_parameters
+from .methods.bitfit_config import BitFitConfig
 from .methods.coverage import coverage
-from .methods.lora import inject
+from .methods.inject import inject
 from .methods.lora_config import LoraConfig
+from .methods.merging import merge, unmerge
 from .nn import BiasLinear, FusedLayerNorm, FusedLoRALinear, FusedRMSNorm
 
 __all__ = [
     "BiasLinear",
+    "BitFitConfig",
     "FusedLayerNorm",
     "FusedLoRALinear",
     "FusedRMSNorm",

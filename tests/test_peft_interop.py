@@ -199,7 +199,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("peft_kernels.interop.peft.save_file", full_disk)
+    monkeypatch.setattr("peft_kernels.interop.files.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         pk.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".tmp"} == before

@@ -12,9 +12,13 @@ from .._core.registry import OWNERS
 from ..kernels.lora_linear.op import general_because
 from ..nn.base_linear import is_linear, read_by_parents, refusal
 from ..nn.combine import RunsLoRALinear, calls, side_by_side
+from ..nn.dispatch import replaced_forward
+from ..nn.in_place import is_norm
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
-from .targets import is_all_linear, is_excluded, is_peft_layer, output_head, walk
+from .bias_adapter import BiasAdapter, bias_adapter
+from .targets import is_all_linear, is_excluded, output_head
+from .walk import is_peft_layer, walk
 
 
 class Row(NamedTuple):
@@ -27,10 +31,13 @@ class Row(NamedTuple):
 
 
 class Coverage:
-    """The rows of `coverage(model)`, one per linear layer; print it for a table with like rows folded."""
+    """The rows of `coverage(model)`, one per layer; print it for a table with like rows folded, and `total` below it.
 
-    def __init__(self, rows: list[Row]):
-        self.rows = rows
+    total: a sentence with places for the number of rows that a kernel of ours runs, and of all.
+    """
+
+    def __init__(self, rows: list[Row], total: str):
+        self.rows, self.total = rows, total
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -46,7 +53,7 @@ class Coverage:
         table = [(row.module, count, row.kernel, row.path, row.reason) for row, count in folded.items()]
         fused = sum(row.kernel != "torch" for row in self.rows)
         headers = ("module", "layers", "kernel", "path", "reason")
-        return f"{tabulate(table, headers)}\n{fused} of {len(self.rows)} linear layers run lora_linear"
+        return f"{tabulate(table, headers)}\n{self.total.format(fused, len(self.rows))}"
 
 
 def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
@@ -58,9 +65,7 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
         if layer.merged:
             return "torch", "linear", f"{', '.join(layer.merged_adapters)} merged into the weight"
         return "torch", "linear", "adapters disabled" if layer.disabled else "no active adapter"
-    device = layer.weight.device.type
-    kernel = OWNERS.get(("lora_linear_fwd", {"cpu": "CPU", "cuda": "CUDA"}.get(device)), "reference")
-    reason = "" if kernel != "reference" else f"no compiled kernel for {device}"
+    kernel, reason = _owner("lora_linear_fwd", layer.weight.device.type)
     lora_a, lora_b, _ = side_by_side(groups[0])
     past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b, groups[0][0].dropout_p > 0)
     if past:
@@ -70,6 +75,32 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
         return kernel, "base + " + " + ".join(names) + " in one call", reason
     extra = f"{len(groups)} calls: each adapter with dropout draws its own mask"
     return kernel, "base + " + " + ".join(names), "; ".join(filter(None, (reason, extra)))
+
+
+def _owner(op: str, device: str) -> tuple[str, str]:
+    """(who owns the op on this type of device, why not a compiled kernel)."""
+    kernel = OWNERS.get((op, {"cpu": "CPU", "cuda": "CUDA"}.get(device)), "reference")
+    return kernel, "" if kernel != "reference" else f"no compiled kernel for {device}"
+
+
+def _bias_row(adapter: BiasAdapter, name: str, layer: nn.Module) -> Row:
+    """For a layer that owns trained biases."""
+    path, activation = type(layer).__name__, getattr(layer, "activation", None)
+    if adapter.merged or adapter.withdrawn:
+        return Row(name, "torch", path, "merged into the model" if adapter.merged else "adapter disabled")
+    if name not in adapter.classes:
+        return Row(name, "torch", path, adapter.reasons.get(name, ""))
+    if replaced_forward(layer, type(layer)):
+        return Row(name, "torch", path, "its forward was replaced since BitFit was injected")
+    op = "norm_bwd" if is_norm(layer) else "act_bwd" if activation else "bias_grad"
+    path = "norm" if is_norm(layer) else f"act_bwd {activation} + bias" if activation else "bias_grad"
+    kernel, reason = _owner(op, next(layer.parameters(recurse=False)).device.type)
+    return Row(name, kernel, path, "; ".join(filter(None, (reason, adapter.reasons.get(name)))))
+
+
+def _biases(model: nn.Module, adapter: BiasAdapter) -> Coverage:
+    rows = [_bias_row(adapter, name, model.get_submodule(name)) for name in adapter.owners]
+    return Coverage(rows, "{} of {} layers with biases that train run our kernels")
 
 
 def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int, str]) -> str:
@@ -86,7 +117,13 @@ def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """One row per linear layer of the model: the kernel that runs it now (it depends on train / eval), or why none."""
+    """One row per linear layer of the model: the kernel that runs it now (it depends on train / eval), or why none.
+
+    Of a model with BitFit: one row per layer that owns a bias which trains, with the kernel of its backward.
+    """
+    biases = bias_adapter(model)
+    if biases is not None:
+        return _biases(model, biases)
     rows, seen, bypassed = [], set(), read_by_parents(model)
     for name, module in walk(model):
         if id(module) in seen:
@@ -100,4 +137,4 @@ def coverage(model: nn.Module) -> Coverage:
             rows.append(Row(name, "torch", "linear", "trains whole (modules_to_save)"))
         elif is_linear(module):
             rows.append(Row(name, "torch", "linear", _left_out(model, name, module, bypassed)))
-    return Coverage(rows)
+    return Coverage(rows, "{} of {} linear layers run lora_linear")

@@ -1,4 +1,4 @@
-"""inject: put the adapters of a LoraConfig into a model. Everything is checked and built before the model changes."""
+"""LoRA: put the adapters of a LoraConfig into a model. Everything is checked and built before the model changes."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +10,10 @@ from ..nn.adapter import Adapter, check_name
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs, fused_layers, register, set_adapter
+from .bias_adapter import refuse_beside_biases
 from .lora_config import LoraConfig
 from .targets import pattern_value, resolve
+from .walk import new_copies, replace_modules
 
 
 @dataclass
@@ -30,6 +32,7 @@ def _check_adapter_name(model: nn.Module, config: LoraConfig, adapter_name: str)
     present = configs(model)
     if adapter_name in present:
         raise ValueError(f"adapter_name {adapter_name!r} is already in this model, beside {list(present)}")
+    refuse_beside_biases(model, adapter_name)
     biased = [name for name, other in present.items() if other.bias != "none"]
     if present and (config.bias != "none" or biased):
         raise ValueError(
@@ -60,23 +63,8 @@ def plan_injection(
             raise ValueError(f"adapter_name {adapter_name!r} is already on layer {name}, beside {list(module.specs)}")
         spec = config.spec(pattern_value(config.rank_pattern, name), pattern_value(config.alpha_pattern, name))
         plan.adapters[name] = layer, layer.new_adapter(spec, adapter_dtype)
-    for name, module in resolution.modules_to_save.items():
-        wrapper = module
-        if not isinstance(module, TrainableCopy):
-            wrapper = plan.replaced[module] = TrainableCopy(module).train(module.training)
-        plan.copies[name] = wrapper, wrapper.new_copy()
+    plan.copies = new_copies(resolution.modules_to_save, plan.replaced)
     return plan
-
-
-def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
-    """Put each new module everywhere the old one stands: a shared module has several parents."""
-    wrappers = set(replaced.values())
-    for parent in list(model.modules()):
-        if parent in wrappers:
-            continue
-        for child_name, child in parent._modules.items():
-            if child in replaced:
-                setattr(parent, child_name, replaced[child])
 
 
 def _freeze(model: nn.Module, config: LoraConfig) -> None:
@@ -94,7 +82,7 @@ def _freeze(model: nn.Module, config: LoraConfig) -> None:
 def carry_out(model: nn.Module, plan: Plan) -> None:
     """Change the model as planned. The first adapter becomes the active one, later ones wait for `set_adapter`."""
     first = not configs(model)
-    _replace(model, plan.replaced)
+    replace_modules(model, plan.replaced)
     for module, wrapper in plan.replaced.items():
         if isinstance(wrapper, FusedLoRALinear):
             wrapper.take_over(module)
@@ -107,26 +95,3 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     register(model, plan.adapter_name, plan.config)
     if first:
         set_adapter(model, plan.adapter_name, plan.config.inference_mode)
-
-
-def inject(
-    model: nn.Module, config: Any, adapter_name: str = "default", adapter_dtype: torch.dtype | None = None
-) -> nn.Module:
-    """Put LoRA adapters into `model` in place and return it.
-
-    The targeted nn.Linear and Conv1D layers become FusedLoRALinear on the same Parameters; everything but the
-    adapters, modules_to_save and the biases that config.bias names is frozen. Hooks on the layers, HF accelerate's for
-    a device_map among them, move to the new ones (see FusedLoRALinear.take_over). If anything is wrong, an error is
-    raised before the model is touched. Call it again with another adapter_name to add a further adapter, which stays
-    inactive until `set_adapter`.
-
-    Args:
-        config: peft_kernels.LoraConfig or peft.LoraConfig.
-        adapter_dtype: default fp32 over a 16-bit base layer, else the base layer's dtype.
-
-    Raises:
-        ValueError: a target that does not exist or cannot be adapted, a setting not supported, a name that is taken.
-        RuntimeError: adapters are merged.
-    """
-    carry_out(model, plan_injection(model, config, adapter_name, adapter_dtype))
-    return model

@@ -6,6 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..nn.adapter import AdapterSpec
+from .fields import (
+    BOOL,
+    NAME_LIST,
+    TEXT,
+    check_types,
+    integer,
+    make_plain,
+    read_fields,
+    strings,
+    task_heads,
+    text_or_none,
+)
 
 UNSUPPORTED: dict[str, tuple] = {
     "use_dora": (False,),
@@ -29,58 +41,23 @@ UNSUPPORTED: dict[str, tuple] = {
 """Fields of peft.LoraConfig that are not implemented, with the values that ask for nothing."""
 
 _NO_EFFECT = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"}
-# Heads that HF PEFT adds to modules_to_save by itself: they are new, so an adapter without them is worth nothing.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def _plain(value: Any) -> Any:
-    """Sets (PEFT keeps names in them) to sorted lists, enum members to their values."""
-    if isinstance(value, set | frozenset | tuple):
-        return sorted(value) if isinstance(value, set | frozenset) else list(value)
-    return getattr(value, "value", value)
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-
-
-def _integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-_NAMES = (lambda value: _text_or_none(value) or _strings(value), "a list of names, a regular expression or None")
-_BOOL = (lambda value: isinstance(value, bool), "True or False")
-_TEXT = (_text_or_none, "a string or None")
-_PATTERN = (lambda value: isinstance(value, dict) and _strings(list(value)), "a dict from regular expressions")
+_NAMES = (lambda value: text_or_none(value) or strings(value), "a list of names, a regular expression or None")
+_PATTERN = (lambda value: isinstance(value, dict) and strings(list(value)), "a dict from regular expressions")
 _TYPES = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     "layers_pattern": _NAMES,
-    "modules_to_save": (lambda value: value is None or _strings(value), "a list of names or None"),
+    "modules_to_save": NAME_LIST,
     "layers_to_transform": (
-        lambda value: value is None or _integer(value) or (isinstance(value, list) and all(map(_integer, value))),
+        lambda value: value is None or integer(value) or (isinstance(value, list) and all(map(integer, value))),
         "an integer, a list of integers or None",
     ),
     "rank_pattern": _PATTERN,
     "alpha_pattern": _PATTERN,
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"), _BOOL),
-    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), _TEXT),
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"), BOOL),
+    **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), TEXT),
 }
 """Field -> (whether a value is of its type, the type in words); AdapterSpec checks the other fields."""
-
-
-def _check_types(config: "LoraConfig") -> None:
-    for name, (fits, expected) in _TYPES.items():
-        if not fits(getattr(config, name)):
-            raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected}")
 
 
 def _check_expressions(config: "LoraConfig") -> None:
@@ -132,10 +109,9 @@ class LoraConfig:
     inference_mode: bool = False
 
     def __post_init__(self):
-        for entry in dataclasses.fields(self):
-            setattr(self, entry.name, _plain(getattr(self, entry.name)))
+        make_plain(self)
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        _check_types(self)
+        check_types(self, _TYPES)
         _check_expressions(self)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias is {self.bias!r}; expected 'none', 'all' or 'lora_only'")
@@ -162,7 +138,7 @@ class LoraConfig:
     @property
     def heads(self) -> tuple[str, ...]:
         """Names that the task type adds to modules_to_save, where the model has them."""
-        return _TASK_HEADS.get(self.task_type, ())
+        return task_heads(self.task_type)
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
@@ -171,17 +147,7 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
         """From adapter_config.json. A field that asks for something not implemented here raises ValueError."""
-        if not isinstance(values, dict):
-            raise ValueError(f"the config is a {type(values).__name__}; expected an object with the fields")
-        values = {name: _plain(value) for name, value in values.items()}
-        if values.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"peft_type is {values['peft_type']!r}; expected 'LORA'")
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        for name, value in values.items():
-            if name in known or name in _NO_EFFECT or value in UNSUPPORTED.get(name, (None, False, "", [], {})):
-                continue
-            raise ValueError(f"{name}={value!r} is not supported by peft_kernels: leave the field at its default")
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return read_fields(cls, values, "LORA", _NO_EFFECT, UNSUPPORTED)
 
     @classmethod
     def from_peft(cls, config: Any) -> "LoraConfig":

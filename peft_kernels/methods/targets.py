@@ -2,16 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..nn.base_linear import is_linear, read_by_parents, refusal
-from ..nn.dispatch import OFFLOADED, offloaded
+from ..nn.dispatch import OFFLOADED
 from ..nn.lora_linear import FusedLoRALinear
-from ..nn.trainable_copy import TrainableCopy
 from .lora_config import LoraConfig
+from .walk import check_present, check_saved_exist, choose_saved, refuse_peft, saved_trained, walk
 
 
 @dataclass
@@ -20,22 +19,6 @@ class Resolution:
 
     targets: dict[str, nn.Module] = field(default_factory=dict)
     modules_to_save: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def is_peft_layer(module: nn.Module) -> bool:
-    """HF PEFT's wrapper around one layer, recognised without importing peft."""
-    return "base_layer" in module._modules and any(c.__module__.startswith("peft.tuners") for c in type(module).__mro__)
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the model itself: not what lies inside wrappers. Shared modules come once per name."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name or (inside and name.startswith(inside)):
-            continue
-        if isinstance(module, FusedLoRALinear | TrainableCopy) or is_peft_layer(module):
-            inside += (name + ".",)
-        yield name, module
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -117,11 +100,7 @@ def _check_request(model: nn.Module, config: LoraConfig, names: list[str]) -> No
         unknown = [wanted for wanted in config.target_modules if not any(_named([wanted], name) for name in names)]
         if unknown:
             raise ValueError(f"target_modules {unknown} match no module; {_suffixes(model)}")
-    unknown = [
-        m for m in config.modules_to_save or () if m not in config.heads and not any(n.endswith(m) for n in names)
-    ]
-    if unknown:
-        raise ValueError(f"modules_to_save {unknown} match no module of this model")
+    check_saved_exist(config, names)
     if config.exclude_modules and not any(is_excluded(config, name) for name in names):
         warnings.warn(f"exclude_modules={config.exclude_modules!r} excludes nothing", stacklevel=4)
 
@@ -153,26 +132,12 @@ def _choose(
     return chosen, refused
 
 
-def _choose_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    wanted = [*(config.modules_to_save or ()), *config.heads]
-    chosen = {name: module for name, module in walk(model) if any(name.endswith(entry) for entry in wanted)}
-    for name in chosen:
-        outer = next((other for other in chosen if name.startswith(other + ".")), None)
-        if outer is not None:
-            raise ValueError(f"modules_to_save chooses {name!r} and {outer!r}, which contains it: name only one")
-    return chosen
-
-
-def _check_offloaded(model: nn.Module, config: LoraConfig, saved: dict[str, nn.Module]) -> None:
-    """What trains beside the adapters must be there to be trained: an offloaded tensor is a new one at each call."""
-    absent = offloaded(model)
-    trained = {f"modules_to_save chooses {name}": module.modules() for name, module in saved.items()}
+def _trained_besides(model: nn.Module, config: LoraConfig, saved: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    trained = saved_trained(saved)
     for name, module in walk(model) if config.bias == "all" else ():
         if module._parameters.get("bias") is not None:
-            trained[f"bias='all' trains the bias of {name}"] = (module,)
-    for what, modules in trained.items():
-        if any(id(module) in absent for module in modules):
-            raise ValueError(f"{what}: {OFFLOADED}")
+            trained[f"bias='all' trains the bias of {name}"] = [module]
+    return trained
 
 
 def _reasons(refused: dict[str, str]) -> str:
@@ -191,15 +156,13 @@ def resolve(model: nn.Module, config: LoraConfig, strict: bool = True) -> Resolu
     Raises:
         ValueError: a name that matches nothing, a module that cannot be adapted, or no module at all.
     """
-    for name, module in model.named_modules():
-        if is_peft_layer(module):
-            raise ValueError(f"{name or 'the model'} is HF PEFT's {type(module).__name__}: use peft_kernels.accelerate")
+    refuse_peft(model)
     if not config.target_modules:
         raise ValueError(f"target_modules is {config.target_modules!r}; give names or 'all-linear': {_suffixes(model)}")
     if strict:
         _check_request(model, config, [name for name, _ in walk(model)])
-    saved = _choose_saved(model, config)
-    _check_offloaded(model, config, saved)
+    saved = choose_saved(model, config)
+    check_present(model, _trained_besides(model, config, saved))
     targets, refused = _choose(model, config, tuple(saved))
     if is_all_linear(config) and targets:  # left out, but for those that would be adapted on a larger machine
         refused = {name: reason for name, reason in refused.items() if reason == OFFLOADED}

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 OFFLOADED = (
     "accelerate offloads its weights, which are on no device between two calls, so that an adapter could neither be "
-    "computed nor trained there: keep it on a device (device_map, max_memory) or leave it out (exclude_modules)"
+    "computed nor trained there: keep it on a device (device_map, max_memory) or leave it out (exclude_modules, "
+    "exclude_terms)"
 )
 
 

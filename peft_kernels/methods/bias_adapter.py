@@ -1,0 +1,212 @@
+"""BiasAdapter: a model's trained biases as an adapter that can be taken out, put back, merged and forgotten.
+
+The biases are the model's own Parameters. Beside them stand copies of what they were, in host memory (tens of KB), and
+what was changed so that they train through our kernels: classes of layers, and activations that a linear computes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..nn.in_place import change_class
+from .activations import Fusion
+
+_STATE = "peft_kernels_biases"  # attribute of the model
+
+
+def bias_adapter(model: nn.Module) -> "BiasAdapter | None":
+    """The model's BitFit adapter, None where it has none."""
+    return getattr(model, _STATE, None)
+
+
+def refuse_beside_biases(model: nn.Module, adapter_name: str) -> None:
+    """BitFit stands alone: a second adapter's outputs would be made with its biases."""
+    present = bias_adapter(model)
+    if present is not None:
+        raise ValueError(
+            f"adapter_name {adapter_name!r} beside {present.name!r}, which is BitFit's: an adapter that trains the "
+            "base model's biases changes them for every other one, so it must be the only adapter"
+        )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy in host memory (on the meta device there is nothing to copy)."""
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+
+
+def _write(parameter: nn.Parameter, value: Tensor) -> None:
+    if is_traceable_wrapper_subclass(parameter) and not is_traceable_wrapper_subclass(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(parameter.device)  # each rank has the whole: nothing to send
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+class BiasAdapter:
+    """What BitFit changed in a model, by name, so that a deep copy or a pickle of the model has its own.
+
+    originals: name -> the bias as it was, None once `merge` forgot them. trained: name -> the trained bias while the
+    original stands in its place, else None. trainable: whether the biases require grad while they are in place. owners:
+    names of the layers that hold them; classes: what those of them become that our kernels run; reasons: why the
+    others, or the activations behind them, stay Torch's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        biases: dict[str, nn.Parameter],
+        owners: list[str],
+        classes: dict[str, type[nn.Module]],
+        fusions: list[Fusion],
+        reasons: dict[str, str],
+    ):
+        self.name = name
+        self.originals: dict[str, Tensor] | None = {key: _kept(bias) for key, bias in biases.items()}
+        self.trained: dict[str, Tensor] | None = None
+        self.trainable = False
+        self.merged = False
+        self.names = list(biases)
+        self.owners = owners
+        self.reasons = reasons
+        self.classes = classes
+        self._former: dict[str, type] = {}
+        self._fusions = fusions
+        self._activations: dict[tuple[str, str], nn.Module] = {}
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the model computes with the original biases."""
+        return self.trained is not None
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The biases by name.
+
+        Raises:
+            RuntimeError: one is not there any more, or has another shape: it was replaced since `inject`.
+        """
+        found = {name: self._parameter(model, name) for name in self.names}
+        for name, original in (self.originals or {}).items():
+            if found[name].shape != original.shape:
+                raise RuntimeError(
+                    f"{name} has shape {list(found[name].shape)}; it was {list(original.shape)} when BitFit came in"
+                )
+        return found
+
+    @staticmethod
+    def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+        owner, _, own = name.rpartition(".")
+        try:
+            return model.get_submodule(owner)._parameters[own]
+        except (AttributeError, KeyError):
+            raise RuntimeError(f"{name} is not in the model any more, where BitFit was injected") from None
+
+    def refuse_withdrawn(self, what: str) -> None:
+        if self.withdrawn:
+            raise RuntimeError(f"cannot {what}: the adapter is disabled, the biases in the model are the original ones")
+
+    def _known(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The originals; RuntimeError where they are not known."""
+        if self.originals is None:
+            raise RuntimeError("the original biases were not kept: merged with restorable=False")
+        if any(value.is_meta and not parameters[name].is_meta for name, value in self.originals.items()):
+            raise RuntimeError("the original biases are not known: BitFit was injected while they had no values (meta)")
+        return self.originals
+
+    def run_kernels(self, model: nn.Module) -> None:
+        """Change the classes of the layers, and let linears compute the activations behind them."""
+        for name, cls in self.classes.items():
+            layer = model.get_submodule(name)
+            if type(layer) is not cls:
+                self._former[name] = type(layer)
+                change_class(layer, cls)
+        for linear, parent_name, slot, activation in self._fusions:
+            parent = model.get_submodule(parent_name)
+            model.get_submodule(linear).activation = activation
+            if (parent_name, slot) not in self._activations:
+                self._activations[parent_name, slot] = parent._modules[slot]
+                parent._modules[slot] = nn.Identity().train(parent._modules[slot].training)
+
+    def run_torch(self, model: nn.Module) -> None:
+        """Undo `run_kernels`. A layer whose class was changed again since (fully_shard does) keeps it."""
+        for linear, *_ in self._fusions:
+            del model.get_submodule(linear).activation  # the class's None shows again
+        for (parent_name, slot), activation in self._activations.items():
+            parent = model.get_submodule(parent_name)
+            parent._modules[slot] = activation.train(parent._modules[slot].training)
+        self._activations = {}
+        for name, former in self._former.items():
+            layer = model.get_submodule(name)
+            if type(layer) is self.classes[name]:
+                change_class(layer, former)
+        self._former = {}
+
+    def train(self, model: nn.Module, trainable: bool) -> None:
+        self.trainable = trainable
+        for parameter in self.parameters(model).values():
+            parameter.requires_grad_(trainable)
+
+    @torch.no_grad()
+    def withdraw(self, model: nn.Module) -> None:
+        """Put the originals in place, frozen, and run Torch's own layers: the base model bit for bit."""
+        parameters = self.parameters(model)
+        originals = self._known(parameters)
+        self.trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._put(parameters, originals, requires_grad=False)
+        self.run_torch(model)
+
+    @torch.no_grad()
+    def reinstate(self, model: nn.Module) -> None:
+        """Put the trained biases back in place."""
+        self._put(self.parameters(model), self.trained, self.trainable)
+        self.trained = None
+        self.run_kernels(model)
+
+    @staticmethod
+    def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor], requires_grad: bool) -> None:
+        for name, parameter in parameters.items():
+            # A graph made before may have saved it: it comes back to its value before that graph runs backward.
+            with torch.autograd._unsafe_preserve_version_counter(parameter):
+                _write(parameter, values[name])
+            parameter.requires_grad_(requires_grad)
+
+    def merge(self, model: nn.Module, safe_merge: bool, restorable: bool) -> None:
+        """Make the trained biases the model's own: there is nothing to add, so nothing is rounded.
+
+        Raises:
+            ValueError: with safe_merge, one that is not finite; nothing was changed.
+        """
+        parameters = self.parameters(model)
+        wrong = [name for name, bias in parameters.items() if safe_merge and not bool(torch.isfinite(bias).all())]
+        if wrong:
+            raise ValueError(f"the biases {wrong} are not finite: nothing was merged")
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        self.run_torch(model)
+        self.merged = True
+        if not restorable:
+            self.originals = None
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Make them an adapter again, as before `merge`.
+
+        Raises:
+            RuntimeError: merged with restorable=False.
+        """
+        self._known(self.parameters(model))
+        self.merged = False
+        self.run_kernels(model)
+        self.train(model, self.trainable)
+
+    @torch.no_grad()
+    def remove(self, model: nn.Module) -> None:
+        """Give the model back as it was, frozen; the biases too, unless they were merged for good."""
+        if not self.merged:
+            parameters = self.parameters(model)
+            self._put(parameters, self._known(parameters), requires_grad=False)
+            self.run_torch(model)
+        delattr(model, _STATE)
+
+
+def attach(model: nn.Module, adapter: BiasAdapter) -> None:
+    setattr(model, _STATE, adapter)
