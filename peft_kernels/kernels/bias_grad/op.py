@@ -9,9 +9,9 @@ from ..._core.sharding import PARTIAL, REPLICATE, share
 from . import activations, reference
 
 if native.HAS_TRITON:
-    from . import triton_impl
+    from . import triton_act, triton_impl
 else:
-    triton_impl = None
+    triton_act = triton_impl = None
 
 
 def _fake(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,6 +43,7 @@ relu_fwd = define_op(
     "relu_fwd(Tensor z) -> (Tensor y, Tensor mask)",
     reference=activations.relu_fwd,
     fake=_relu_fake,
+    triton=triton_act and triton_act.relu_fwd,
 )
 
 act_bwd = define_op(
@@ -50,6 +51,8 @@ act_bwd = define_op(
     "-> (Tensor dz, Tensor dbias)",
     reference=activations.act_bwd,
     fake=_act_fake,
+    triton=triton_act and triton_act.act_bwd,
+    workspace=triton_act and triton_act.act_bwd_workspace,
 )
 
 
