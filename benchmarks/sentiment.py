@@ -3,18 +3,15 @@
 The snippets are those of Hutto and Gilbert 2014 (ICWSM, the VADER paper), MIT licence, rated by people from -4 to 4.
 """
 
-import hashlib
 import io
-import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+from . import packages
+from .packages import CACHE
+
 PACKAGE = "vaderSentiment==3.3.2"
 PACKAGE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -35,33 +32,10 @@ class Snippet(NamedTuple):
         return "positive" if self.score > 0 else "negative"
 
 
-def _verified(path: Path) -> Path:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != PACKAGE_SHA256:
-        raise ValueError(f"{path}: sha256 is {found}; expected {PACKAGE_SHA256} ({PACKAGE}); delete it and run again")
-    return path
-
-
 def fetch(cache: Path = CACHE) -> Path:
-    """The source package (2.4 MB), downloaded by pip into `cache` on the first call and verified on every call.
-
-    Raises:
-        ValueError: the file in `cache` is not the one expected.
-        subprocess.CalledProcessError: pip could not download it; pip's own message is on stderr.
-    """
-    target = cache / "vaderSentiment-3.3.2.tar.gz"
-    if target.exists():
-        return _verified(target)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        # pip runs the package's setup.py to read its name, so it must check the hash before that: hence the file.
-        requirement = Path(folder, "requirement.txt")
-        requirement.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
-        options = ["--no-deps", "--no-build-isolation", "--no-binary", "vaderSentiment", "--require-hashes"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "-r", str(requirement), "-d", folder]
-        subprocess.run(command, check=True)
-        os.replace(_verified(Path(folder, target.name)), target)
-    return target
+    """The source package (2.4 MB), as `packages.fetch` gets it: downloaded once, verified always."""
+    options = ("--no-build-isolation", "--no-binary", "vaderSentiment")
+    return packages.fetch(PACKAGE, "vaderSentiment-3.3.2.tar.gz", PACKAGE_SHA256, cache, options)
 
 
 def read_table(archive: Path) -> list[Snippet]:
