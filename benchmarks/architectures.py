@@ -98,6 +98,14 @@ def _minilm() -> BertConfig:
     return BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 
 
+def _bert_large() -> BertConfig:
+    return BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+
+
+def _gpt2() -> GPT2Config:
+    return GPT2Config(use_cache=False)
+
+
 # name -> (configuration, nominal parameters, classifier)
 _NAMED: dict[str, tuple[Callable[[], PretrainedConfig], float | None, bool]] = {
     "llama-2-7b": (_llama2_7b, 7e9, False),
@@ -110,6 +118,8 @@ _NAMED: dict[str, tuple[Callable[[], PretrainedConfig], float | None, bool]] = {
     "smollm2-135m": (_smollm2, None, False),
     "minilm-l6": (_minilm, None, True),
     "bert-base": (BertConfig, None, True),
+    "bert-large": (_bert_large, None, True),
+    "gpt2": (_gpt2, None, False),
 }
 
 NAMES = tuple(_NAMED)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_grad, lora_linear, lora_memory, measure
+from . import bias_grad, bitfit_memory, lora_linear, lora_memory, measure
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
 from .held import leaked, memory
@@ -72,7 +72,8 @@ PRIMITIVES = {
             "speed": _bias_grad((2048, 512)),
         },
         bias_grad.of_layers,
-        work=bias_grad.work,
+        bitfit_memory.METHODS,
+        bias_grad.work,
     ),
     "lora_linear": Primitive(
         lora_linear.contenders,

@@ -133,19 +133,6 @@ def qlora_estimate(model: nn.Module, options: Options) -> Estimate:
     return Estimate(lora.trained, weights, lora.gradients, lora.optimizer)
 
 
-def bitfit_estimate(model: nn.Module, options: Options) -> Estimate:
-    """Every bias, and nothing else.
-
-    Raises:
-        Unsuited: the model has none.
-    """
-    biases = [p.numel() for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
-    if not biases:
-        raise Unsuited("bitfit trains biases, and this model has no parameter named bias")
-    width = options.dtype.itemsize
-    return by_formula(sum(biases), parameters(model) * width, width)
-
-
 def _everything(model: nn.Module, options: Options) -> nn.Module:
     return model.requires_grad_(True)
 
@@ -153,7 +140,6 @@ def _everything(model: nn.Module, options: Options) -> nn.Module:
 BASE_METHODS = (
     Method("full", full_estimate, _everything),
     Method("qlora", qlora_estimate, comes_with="nf4_linear"),
-    Method("bitfit", bitfit_estimate, comes_with="bias_grad"),
 )
 """Those that need nothing of this package, or something that is not there yet. A primitive brings the others."""
 
