@@ -71,7 +71,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(predictions, batch.labels[:, -span:].flatten(), ignore_index=IGNORED)
 
 
-def schedule(examples: list[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
+def schedule(examples: list, steps: int, batch: int, seed: int) -> list[list]:
     """The batches of a run, in order: shuffled by `seed`, without repeats until the data is used up."""
     order, rng = [], random.Random(seed)
     while len(order) < steps * batch:
@@ -98,12 +98,16 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train_step(run: Run, batch: Batch) -> float:
+Loss = Callable[[nn.Module, NamedTuple], Tensor]
+"""Of a model and a batch, which has input_ids."""
+
+
+def train_step(run: Run, batch: NamedTuple, loss_of: Loss = answer_loss) -> float:
     """One step: loss, gradients, AdamW. Appends the loss and the seconds it took to `run`; returns the loss."""
     device = batch.input_ids.device
     _synchronize(device)
     start = time.perf_counter()
-    loss = answer_loss(run.model, batch)
+    loss = loss_of(run.model, batch)
     loss.backward()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -113,7 +117,12 @@ def train_step(run: Run, batch: Batch) -> float:
     return run.losses[-1]
 
 
-def train(runs: dict[str, Run], batches: Iterable[Batch], on_step: Callable[[dict[str, float]], None]) -> None:
+def train(
+    runs: dict[str, Run],
+    batches: Iterable[NamedTuple],
+    on_step: Callable[[dict[str, float]], None],
+    loss_of: Loss = answer_loss,
+) -> None:
     """Train every run on the same batches, step by step in turn, and report each step's losses.
 
     Taking turns, and going first in turns, gives each run the same share of a machine whose speed drifts.
@@ -121,7 +130,7 @@ def train(runs: dict[str, Run], batches: Iterable[Batch], on_step: Callable[[dic
     names = list(runs)
     for step, batch in enumerate(batches):
         turn = names[step % len(names) :] + names[: step % len(names)]
-        on_step({name: train_step(runs[name], batch) for name in turn})
+        on_step({name: train_step(runs[name], batch, loss_of) for name in turn})
 
 
 @torch.no_grad()
