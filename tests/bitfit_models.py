@@ -3,8 +3,10 @@
 import copy
 
 import torch
-from tiny_models import bert, gpt2, ids
+from tiny_models import bert, gpt2, ids, train_a_little
 from torch import nn
+
+import peft_kernels as pk
 
 M, WIDTH = 12, 8
 
@@ -40,14 +42,14 @@ BUILD = {
 
 
 def build(name: str) -> nn.Module:
-    """In eval mode, so without dropout, fp64, and with biases of order 1 where the model starts with zeros."""
+    """Frozen, in eval mode (so without dropout), fp64, and with biases of order 1 where the model starts with zeros."""
     torch.manual_seed(0)
     model = BUILD[name]().double().eval()
     with torch.no_grad():
         for own, parameter in model.named_parameters():
             if "bias" in own:
                 parameter.normal_()
-    return model
+    return model.requires_grad_(False)
 
 
 def batch(name: str) -> torch.Tensor:
@@ -89,3 +91,18 @@ def assert_as_torch(found: dict, exact: dict, single: dict) -> None:
     assert max(rounding.values()) < 1e-3 * max(value.abs().max() for value in exact.values())
     for name, value in exact.items():
         assert (found[name] - value).abs().max() <= rounding[name], name
+
+
+def bits(model: nn.Module) -> dict[str, list]:
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {name: p.detach().view(kinds[p.element_size()]).tolist() for name, p in model.named_parameters()}
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def trained(base: nn.Module, **settings) -> nn.Module:
+    model = pk.inject(copy.deepcopy(base), pk.BitFitConfig(**settings))
+    train_a_little(model)
+    return model

@@ -30,6 +30,8 @@ _UNTRACEABLE = (
     ArithmeticError,
     AssertionError,
     RuntimeError,
+    NameError,
+    ImportError,
 )
 
 

@@ -21,7 +21,7 @@ def bias_adapter(model: nn.Module) -> "BiasAdapter | None":
 
 def refuse_beside_biases(model: nn.Module, adapter_name: str) -> None:
     """BitFit stands alone: a second adapter's outputs would be made with its biases."""
-    present = bias_adapter(model)
+    present = next(filter(None, map(bias_adapter, model.modules())), None)
     if present is not None:
         raise ValueError(
             f"adapter_name {adapter_name!r} beside {present.name!r}, which is BitFit's: an adapter that trains the "
@@ -117,7 +117,7 @@ class BiasAdapter:
         """Change the classes of the layers, and let linears compute the activations behind them."""
         for name, cls in self.classes.items():
             layer = model.get_submodule(name)
-            if type(layer) is not cls:
+            if not isinstance(layer, cls):
                 self._former[name] = type(layer)
                 change_class(layer, cls)
         for linear, parent_name, slot, activation in self._fusions:

@@ -10,7 +10,7 @@ from ..nn.base_linear import is_linear, never_called
 from ..nn.in_place import fused_class, keeps_class
 from ..nn.trainable_copy import TrainableCopy
 from .activations import Fusion, find_fusions
-from .adapters import configs, register, set_adapter
+from .adapters import configs, fused_layers, register, set_adapter
 from .bias_adapter import BiasAdapter, attach, refuse_beside_biases
 from .bias_targets import Bias, choose_biases
 from .bitfit_config import BitFitConfig
@@ -46,7 +46,7 @@ def _check_request(model: nn.Module, adapter_name: str, adapter_dtype: torch.dty
     if adapter_dtype is not None:
         raise ValueError(f"adapter_dtype is {adapter_dtype}; BitFit trains the model's own biases, in their own dtypes")
     refuse_beside_biases(model, adapter_name)
-    present = configs(model)
+    present = dict.fromkeys([*configs(model), *(name for _, layer in fused_layers(model) for name in layer.specs)])
     if present:
         raise ValueError(
             f"BitFit adapter {adapter_name!r} beside {list(present)}: an adapter that trains the base model's biases "
@@ -75,6 +75,15 @@ def _split(
     return classes, fusions, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def _name_sharers(biases: dict[str, Bias], classes: dict[str, type[nn.Module]], reasons: dict[str, str]) -> None:
+    """A head that holds the bias of its decoder, as BERT's does, need not be what computes with it: say who shares."""
+    for bias in biases.values():
+        for name in bias.owners:
+            others = [other for other in bias.owners if other != name]
+            if others and name not in classes:
+                reasons[name] += f"; it shares the bias with {', '.join(others)}"
+
+
 def plan_biases(
     model: nn.Module, config: BitFitConfig, adapter_name: str = "default", adapter_dtype: torch.dtype | None = None
 ) -> BiasPlan:
@@ -87,6 +96,7 @@ def plan_biases(
     trained = {f"BitFit trains a bias of {name or 'the model'}": [module] for name, module in owners.items()}
     check_present(model, {**saved_trained(saved), **trained})
     classes, fusions, reasons = _split(model, owners, saved)
+    _name_sharers(biases, classes, reasons)
     plan = BiasPlan(adapter_name, config, biases, list(owners), classes, fusions, reasons)
     plan.copies = new_copies(saved, plan.replaced)
     return plan

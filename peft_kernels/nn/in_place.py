@@ -53,6 +53,8 @@ def keeps_class(module: nn.Module) -> str | None:
             "its register_backward_hook hook is given the gradients of the layer's last operation, which would be "
             "another one: use register_full_backward_hook"
         )
+    if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
+        return "it is empty"
     return unfit(module, matrix=is_linear(module)) or dispatch_refusal(module)
 
 
