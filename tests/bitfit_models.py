@@ -32,12 +32,17 @@ def mlp(activation: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 20), activation, nn.Linear(20, WIDTH), nn.LayerNorm(WIDTH))
 
 
+class OwnNorm(nn.LayerNorm):
+    """Not to be replaced."""
+
+
 BUILD = {
     "bert": bert,
     "gpt2": gpt2,
     "block": Block,
     "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 20, batch_first=True, activation="gelu"),
     "mlp": mlp,
+    "own norm": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), OwnNorm(WIDTH), nn.Linear(WIDTH, WIDTH)),
 }
 
 

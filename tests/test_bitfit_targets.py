@@ -87,6 +87,7 @@ ERRORS = {
     "nothing left": (bert, {"target_terms": ["query"], "exclude_terms": ["self"]}, "exclude_terms .* leave no bias"),
     "missing module": (bert, {"modules_to_save": ["clasifier"]}, r"modules_to_save \['clasifier'\] match no module"),
     "all saved": (lambda: mlp()[:1], {"modules_to_save": ["0"]}, r"has no biases outside modules_to_save \(0\)"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), {}, r"0.bias has no shape yet \(lazy module\)"),
     "tied": (tied_outside, {"modules_to_save": ["head"]}, r"body.bias is the same Parameter as head.bias, .*a copy"),
 }
 

@@ -22,8 +22,9 @@ class Bias(NamedTuple):
 
 def is_bias(name: str, parameter: nn.Parameter) -> bool:
     """By its own name in the module that holds it."""
-    named = name == "bias" or name.endswith("_bias") or name.startswith("bias_")
-    return named and not is_lazy(parameter) and parameter.dim() == 1 and parameter.is_floating_point()
+    if name != "bias" and not name.endswith("_bias") and not name.startswith("bias_"):
+        return False
+    return is_lazy(parameter) or (parameter.dim() == 1 and parameter.is_floating_point())
 
 
 def _within(name: str, outer: str) -> bool:
@@ -67,6 +68,8 @@ def _check_plain(model: nn.Module, saved: dict[str, nn.Module], chosen: dict[str
     """A bias must be a tensor of its own that can be trained, kept and given back."""
     copied = {id(p): f"{name}.{own}" for name, module in saved.items() for own, p in module.named_parameters()}
     for name, bias in chosen.items():
+        if is_lazy(bias.parameter):
+            raise ValueError(f"{name} has no shape yet (lazy module): run one batch first")
         if is_traceable_wrapper_subclass(bias.parameter):
             raise ValueError(
                 f"{name} is a {type(bias.parameter).__name__}, not a plain tensor: put BitFit in before it is sharded"
