@@ -16,7 +16,7 @@ if interpreted.INTERPRETED or torch.cuda.is_available():
     from triton_act_cases import *  # noqa: F403 - the tests themselves, collected here
 else:
     # triton reads TRITON_INTERPRET when a kernel is defined: too late in this process.
-    @pytest.mark.parametrize("shard", ["check_layouts or check_sizes", "not check_layouts and not check_sizes"])
+    @pytest.mark.parametrize("shard", ["test_values or test_repeats", "not test_values and not test_repeats"])
     def test_under_the_interpreter(shard):
         interpreted.check(__file__, shard)
 

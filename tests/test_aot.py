@@ -14,7 +14,9 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton, which is o
 import aot
 
 from peft_kernels.kernels._shared import columns, sums
+from peft_kernels.kernels.bias_grad import triton_act
 from peft_kernels.kernels.bias_grad import triton_impl as bias_grad
+from peft_kernels.kernels.bias_grad.activations import ACTIVATIONS
 from peft_kernels.kernels.lora_linear import triton_impl, triton_launch
 from peft_kernels.kernels.lora_linear.configs import force, pick_config
 from peft_kernels.kernels.lora_linear.parts import PARTS, Part
@@ -182,6 +184,43 @@ def test_column_sums(arch, dtype):
                 wide = ("global_load_dwordx4", "buffer_load_dwordx4") if arch == "gfx942" else ("LDG.E.128",)
                 assert compiled.count(*wide), f"{what}: no 128-bit load"
         out = dtype
+
+
+def _record_activation(activation: str, shape: tuple, transposed: bool, needs: tuple, dtype: torch.dtype) -> list:
+    """The launches of act_bwd, and for ReLU of relu_fwd, from tensors that have no memory; dbias as dy."""
+
+    def tensor() -> torch.Tensor:
+        return torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device="meta")
+
+    dy, z = (tensor().t() if transposed else tensor() for _ in range(2))
+    with aot.recording(triton_act, columns) as launches:
+        kept = triton_act.relu_fwd(z)[1] if activation == "relu" else z
+        triton_act.act_bwd(dy, kept, activation, *needs, dtype)
+    assert len(launches) == (activation == "relu") + 1 + (needs[1] and shape[0] > 128)
+    return [launch for launch in launches if launch.kernel.__name__ != "_add_parts_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", PARTS)
+def test_activation_pass(arch, dtype):
+    """Every activation in wide tiles, in bf16 other tiles and what is not needed too: wide loads and stores."""
+    part, both = PARTS[arch], (True, True)
+    calls = [(activation, (M, N), False, both) for activation in ACTIVATIONS]
+    if dtype == torch.bfloat16:
+        calls += [(activation, (M, N), True, both) for activation in ("gelu", "relu")]
+        calls += [("silu", (M, 64), False, both), ("silu", (1_000_000, 3), False, both), ("relu", (M, 1), False, both)]
+        calls += [("gelu_tanh", (M, N), False, (False, True)), ("relu", (1, N), False, (True, False))]
+    loads, stores = ("LDG.E.128",), ("STG.E.128",)
+    if arch == "gfx942":
+        loads, stores = (tuple(f"{way}_{what}_dwordx4" for way in ("global", "buffer")) for what in ("load", "store"))
+    for call in calls:
+        for launch in _record_activation(*call, dtype):
+            compiled, what = aot.compile_launch(launch, arch), f"{launch.kernel.__name__} {call} {dtype}"
+            _check_limits(compiled, part, what)
+            assert compiled.registers <= 128, f"{what}: {compiled.registers} registers leave fewer than four blocks"
+            narrow = call[1][1] < 16 or call[1][0] < 16 or (call[2] and arch == "gfx942")  # 512 threads for 4096 bytes
+            assert narrow or compiled.count(*loads), f"{what}: no 128-bit load"
+            assert narrow or not call[3][0] or compiled.count(*stores), f"{what}: no 128-bit store"
 
 
 def test_the_tile_that_research_found_too_large_is_rejected():

@@ -17,15 +17,32 @@ RUN = checks.run_of("triton")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
+# Where an element lies is one code for all but ReLU, whose bits are packed: the interpreter is slow.
+WHERE = (checks.check_needs, checks.check_tiny)
+WHAT = (checks.check_every_number, checks.check_not_finite, checks.check_sizes)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("check", "activation"),
+    [(check, activation) for check in WHAT for activation in ACTIVATIONS]
+    + [(check, activation) for check in WHERE for activation in ("relu", "silu")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_values(check, activation, dtype):
     check(RUN, activation, dtype, DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("activation", "dtype"), [("relu", torch.float16), ("silu", torch.bfloat16)], ids=str)
+def test_layouts(activation, dtype):
+    checks.check_layouts(RUN, activation, dtype, DEVICE)
+
+
+def test_repeats():
+    checks.check_repeats(RUN, "silu", torch.bfloat16, DEVICE)
+
+
+@pytest.mark.parametrize(("activation", "dtype"), [("relu", torch.bfloat16), ("silu", torch.float32)], ids=str)
 def test_offsets_of_64_bits(activation, dtype):
     checks.check_far(RUN, activation, dtype, DEVICE)
 
@@ -45,11 +62,10 @@ def small_tiles(monkeypatch):
         plan.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "dtype"), [("relu", torch.bfloat16), ("gelu", torch.float32)], ids=str)
 def test_small_tiles(small_tiles, activation, dtype):
-    for shape in ((64, 16), (65, 17), (127, 40), (33, 5), (11, 5)):
-        for layout in ("contiguous", "transposed", "rows"):
+    for shape in ((65, 17), (130, 40), (11, 5)):
+        for layout in ("contiguous", "transposed"):
             dy, z = pair(*shape, dtype, DEVICE, layout)
             checks.check(RUN, dy, z, activation)
             if activation == "relu":

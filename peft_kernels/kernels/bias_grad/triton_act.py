@@ -68,30 +68,34 @@ def _act_bwd_kernel(
 
     Sums are carried as _bias_grad_kernel carries them: STEPS tiles in fp32, then fp64.
     """
-    pid_n, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pid_n, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * span
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_end = tl.minimum((part + 1) * span, M)
+    rows = tl.minimum(M - first, span).to(tl.int32)  # spans grow past that from 2**43 rows on
+    dy_ptr += first * stride_dym
+    kept_ptr += first * stride_keptm
+    dz_ptr += first * N
     total = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for chain in range(part * span, row_end, STEPS * BLOCK_M):
+    for chain in range(0, rows, STEPS * BLOCK_M):
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for row in range(chain, tl.minimum(chain + STEPS * BLOCK_M, row_end), BLOCK_M):
-            offs_m = row + tl.arange(0, BLOCK_M).to(tl.int64)
-            dz = load_tile(dy_ptr, offs_m, offs_n, row_end, N, stride_dym, stride_dyn).to(tl.float32)
+        for row in range(chain, tl.minimum(chain + STEPS * BLOCK_M, rows), BLOCK_M):
+            offs_m = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+            dz = load_tile(dy_ptr, offs_m, offs_n, rows, N, stride_dym, stride_dyn).to(tl.float32)
             if ACTIVATION == "relu":
-                passes = load_mask(kept_ptr, offs_m, pid_n * BLOCK_N, row_end, N, BLOCK_M, BLOCK_N)
+                passes = load_mask(kept_ptr, offs_m, pid_n * BLOCK_N, rows, N, BLOCK_M, BLOCK_N)
                 dz = tl.where(passes, dz, 0.0)
             else:
-                z = load_tile(kept_ptr, offs_m, offs_n, row_end, N, stride_keptm, stride_keptn).to(tl.float32)
+                z = load_tile(kept_ptr, offs_m, offs_n, rows, N, stride_keptm, stride_keptn).to(tl.float32)
                 dz *= _derivative(z, ACTIVATION)
             if NEED_DZ:
-                inside = (offs_m[:, None] < row_end) & (offs_n[None, :] < N)
+                inside = (offs_m[:, None] < rows) & (offs_n[None, :] < N)
                 dz_ptrs = dz_ptr + offs_m[:, None] * N + offs_n[None, :]
                 tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=inside)
             acc += dz
         if NEED_DBIAS:
             total += tl.sum(acc.to(tl.float64), axis=0)
     if NEED_DBIAS:
-        tl.store(parts_ptr + part * N + offs_n, total.to(tl.float32).to(parts_ptr.dtype.element_ty), mask=offs_n < N)
+        parts_ptrs = parts_ptr + tl.program_id(1).to(tl.int64) * N + offs_n
+        tl.store(parts_ptrs, total.to(tl.float32).to(parts_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 @triton.jit
