@@ -63,13 +63,14 @@ def batch(name: str) -> torch.Tensor:
 
 
 def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    y = model(x.to(next(model.parameters()).dtype) if x.is_floating_point() else x)
+    like = next(model.parameters())
+    y = model(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype))
     return getattr(y, "logits", y)
 
 
 def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     y = output(model, x)
-    return (y * torch.cos(torch.arange(float(y.numel()))).view(y.shape).to(y.dtype)).sum()
+    return (y * torch.cos(torch.arange(float(y.numel()))).view(y.shape).to(y)).sum()
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ def bias_names(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_loss_and_every_gradient_are_torchs(name):
-    base, x = build(name), batch(name)
+def test_loss_and_every_gradient_are_torchs(name, device):
+    base, x = build(name).to(device), batch(name)
     plain = plain_twin(base, bias_names(base))
     model = pk.inject(copy.deepcopy(base), ALL)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == bias_names(base)
@@ -53,8 +53,8 @@ def test_a_few_steps_are_torchs(name):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_trains(name, dtype):
-    model = pk.inject(build(name).to(dtype).train(), ALL)
+def test_it_trains(name, dtype, device):
+    model = pk.inject(build(name).to(device, dtype).train(), ALL)
     x = batch(name)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     first = output(model, x).float().square().mean()

@@ -16,9 +16,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", BUILD)
-def test_disabled_is_the_base_model_to_the_bit_and_back(name, dtype):
-    base, x = build(name).to(dtype), batch(name)
-    x = x.to(dtype) if x.is_floating_point() else x
+def test_disabled_is_the_base_model_to_the_bit_and_back(name, dtype, device):
+    base, x = build(name).to(device, dtype), batch(name)
     model = trained(base)
     adapted, values = output(model, x), bits(model)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -54,7 +53,7 @@ def test_a_reference_pass_between_forward_and_backward(name):
     y = output(model, x)
     with torch.no_grad(), pk.disable_adapter(model):
         output(model, x)
-    (y * torch.cos(torch.arange(float(y.numel()))).view(y.shape).to(y.dtype)).sum().backward()
+    (y * torch.cos(torch.arange(float(y.numel()))).view(y.shape).to(y)).sum().backward()
     for n, parameter in model.named_parameters():
         assert parameter.grad is None if n not in expected else torch.equal(parameter.grad, expected[n]), n
 

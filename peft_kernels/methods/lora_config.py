@@ -155,7 +155,10 @@ class LoraConfig:
         if isinstance(config, cls):
             return config
         if not hasattr(config, "peft_type") or not hasattr(config, "to_dict"):
-            raise ValueError(f"config is a {type(config).__name__}; expected a LoraConfig of peft_kernels or peft")
+            raise ValueError(
+                f"config is a {type(config).__name__}; expected peft_kernels' LoraConfig or BitFitConfig, or peft's "
+                "LoraConfig"
+            )
         if getattr(config, "_custom_modules", None):
             raise ValueError("the config has custom modules registered, which peft_kernels does not use")
         return cls.from_dict(config.to_dict())
