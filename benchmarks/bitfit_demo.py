@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import bitfit_report, classification, encoder, finetune, footprint, sentiment
+from benchmarks import bitfit_report, classification, encoder, finetune, footprint, sentiment, vram_measure
 from benchmarks.bitfit_report import Outcome
 from benchmarks.classification import Batch, Example
 from benchmarks.encoder_methods import DEFAULT, WAYS
@@ -35,15 +35,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of the head, the order of the snippets and dropout")
-    parser.add_argument("--eval", type=int, default=0, help="held-out snippets to score (0: all)")
+    parser.add_argument("--eval", type=int, help="held-out snippets to score; default: all")
     parser.add_argument("--choose", action="store_true", help="train with every learning rate of each method's grid")
     parser.add_argument("--out", type=Path, default=Path("out/bitfit"))
     args = parser.parse_args(argv)
     for name in ("steps", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
-    if args.eval < 0:
-        parser.error(f"--eval is {args.eval}; expected at least 0")
+    if args.eval is not None and (args.choose or args.eval < 1):
+        parser.error(f"--eval is {args.eval}; expected at least 1, and not with --choose, which scores no held-out one")
     return args
 
 
@@ -71,9 +71,14 @@ class Demo:
         torch.manual_seed(self.args.seed)
         return WAYS[name].adapt(copy.deepcopy(self.base))
 
-    def footprint(self, model: nn.Module) -> footprint.Footprint:
+    def memory(self, model: nn.Module) -> tuple[footprint.Footprint, int]:
+        """Bytes by kind, and the most at once, of a step on the longest batch that leaves the model as it was."""
         longest = max(self.batches, key=lambda batch: batch.input_ids.numel())
-        return footprint.measure(model.train(), lambda: classification.loss(model, longest))
+        kinds = footprint.measure(model.train(), lambda: classification.loss(model, longest))
+        still = finetune.start_run(model, lr=0.0).optimizer
+        batch = {name: value for name, value in longest._asdict().items() if isinstance(value, torch.Tensor)}
+        phases, _ = vram_measure.step(model, batch, still, lambda model, _: classification.loss(model, longest))
+        return kinds, max(moment.allocated for moment in phases.values())
 
     def train(self, models: dict[str, nn.Module], rates: dict[str, float]) -> dict[str, finetune.Run]:
         """Every model on the same batches, step by step in turn; each rate falls linearly to 0."""
@@ -127,7 +132,7 @@ def compare(demo: Demo) -> dict[str, Outcome]:
     """Train every method asked for, score it, store it, load it back."""
     args, names = demo.args, demo.args.method
     models = {name: demo.adapted(name) for name in names}
-    footprints = {name: demo.footprint(model) for name, model in models.items()}
+    memory = {name: demo.memory(model) for name, model in models.items()}
     trained = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
     runs = demo.train(models, {name: WAYS[name].rate for name in names})
     outcomes = {}
@@ -137,9 +142,8 @@ def compare(demo: Demo) -> dict[str, Outcome]:
         right, gap = demo.right(model, name), demo.reload(name, model, folder)
         stored = sum(file.stat().st_size for file in folder.iterdir())
         run = runs[name]
-        outcomes[name] = Outcome(
-            WAYS[name].rate, trained[name], stored, footprints[name], run.losses, run.seconds, right, gap
-        )
+        sizes = trained[name], stored, *memory[name]
+        outcomes[name] = Outcome(WAYS[name].rate, *sizes, run.losses, run.seconds, right, gap)
     return outcomes
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from .classification import Share, difference, share
@@ -16,13 +17,14 @@ _SMOOTHED = 20  # steps of which the picture's loss is the mean
 
 
 class Outcome(NamedTuple):
-    """What is known of one method. right: of each held-out snippet, whether its label was predicted; reloaded: relative
-    difference of the logits after storing and loading."""
+    """What is known of one method. stored, footprint and peak in bytes; right: of each held-out snippet, whether its
+    label was predicted; reloaded: relative difference of the logits after storing and loading."""
 
     rate: float
     trained: int
     stored: int
     footprint: Footprint
+    peak: int
     losses: list[float]
     seconds: list[float]
     right: list[bool]
@@ -38,7 +40,7 @@ def _row(name: str, one: Outcome, total: int) -> dict[str, object]:
         "trained_percent": 100 * one.trained / total,
         "stored_bytes": one.stored,
         **{f"{kind}_bytes": size for kind, size in one.footprint._asdict().items()},
-        "peak_bytes": one.footprint.total,
+        "peak_bytes": one.peak,
         "seconds_per_step": median(one.seconds),
         "seconds": sum(one.seconds),
         "right": sum(one.right),
@@ -67,9 +69,10 @@ def print_outcomes(outcomes: dict[str, Outcome], total: int, snippets: int) -> N
         lines.append((name, f"{one.rate:g}", *sizes, f"{median(one.seconds):.3f}", _percent(share(one.right))))
     headers = ("", "rate", "trained", "% of all", "stored KB", "s/step", "accuracy")
     print(tabulate(lines, headers=headers, stralign="right", disable_numparse=True))
-    print("\nBytes by kind in MB, one step on the longest batch, exact; saved: kept from forward for backward")
-    lines = [(name, *map(_mb, (*one.footprint, one.footprint.total))) for name, one in outcomes.items()]
-    headers = ("", "weights", "gradients", "optimizer", "saved", "sum")
+    print("\nBytes by kind in MB, one step on the longest batch, exact. saved: kept from forward for backward;")
+    print("peak: the most that the CPU's allocator gave at once, with what is temporary")
+    lines = [(name, *map(_mb, (*one.footprint, one.peak))) for name, one in outcomes.items()]
+    headers = ("", "weights", "gradients", "optimizer", "saved", "peak")
     print(tabulate(lines, headers=headers, stralign="right", disable_numparse=True))
     if "bitfit" in outcomes:
         ours = outcomes["bitfit"].right
@@ -81,10 +84,8 @@ def print_outcomes(outcomes: dict[str, Outcome], total: int, snippets: int) -> N
     print(f"\nStored and loaded back, each gives the same logits (largest relative difference {worst:.1e})")
 
 
-def picture(outcomes: dict[str, Outcome]):
+def picture(outcomes: dict[str, Outcome]) -> Figure:
     """Loss, accuracy and bytes, by method."""
-    from matplotlib.figure import Figure  # optional: only a picture needs it
-
     figure = Figure(figsize=(13, 4), layout="constrained")
     losses, accuracies, sizes = figure.subplots(1, 3)
     for name, one in outcomes.items():

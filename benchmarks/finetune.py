@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,11 +98,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-Loss = Callable[[nn.Module, NamedTuple], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor]
 """Of a model and a batch, which has input_ids."""
 
 
-def train_step(run: Run, batch: NamedTuple, loss_of: Loss = answer_loss) -> float:
+def train_step(run: Run, batch: Any, loss_of: Loss = answer_loss) -> float:
     """One step: loss, gradients, AdamW. Appends the loss and the seconds it took to `run`; returns the loss."""
     device = batch.input_ids.device
     _synchronize(device)
@@ -119,7 +119,7 @@ def train_step(run: Run, batch: NamedTuple, loss_of: Loss = answer_loss) -> floa
 
 def train(
     runs: dict[str, Run],
-    batches: Iterable[NamedTuple],
+    batches: Iterable[Any],
     on_step: Callable[[dict[str, float]], None],
     loss_of: Loss = answer_loss,
 ) -> None:
