@@ -33,7 +33,7 @@ _REST = 4 + 12
 _A, _B = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
-def _parts(z: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def parts(z: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(level, density, slope's factor before the density, exp's argument) at fp64 z, none of them infinite."""
     if activation == "gelu":
         t = 0.5 * z * z  # torch.special.ndtr is off by 2 % at -8
@@ -46,7 +46,7 @@ def derivative(z: Tensor, activation: str, carried: torch.dtype) -> Approx:
     """act'(z) of finite z in fp64, with what a kernel that computes in `carried` may be off by before any product."""
     # Beyond 1024 every term is 0 or 1 to the last bit of fp64's smallest number; here squares of z stay finite.
     z = z.detach().to(torch.float64).clamp(-1024, 1024)
-    level, density, factor, argument = _parts(z, activation)
+    level, density, factor, argument = parts(z, activation)
     u = bounds.unit_roundoff(carried) + bounds.unit_roundoff(torch.float64)  # the truth is rounded in fp64 too
     relative = torch.expm1((ARGUMENT[activation] * argument.clamp(max=1024) + _REST) * u)
     slope = factor * density
