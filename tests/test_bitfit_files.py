@@ -34,7 +34,9 @@ def test_saved_and_loaded_to_the_bit(dtype, present, tmp_path):
     flags = pk.trainable_parameters(model)
     assert pk.trainable_parameters(pk.load_adapter(again, tmp_path, is_trainable=True)) == flags
     assert bits(again) == bits(model) and torch.equal(output(again, x), output(model, x))
-    pk.load_adapter(again, tmp_path) if present else None
+    pk.load_adapter(again, tmp_path)  # over the one that is there, frozen
+    assert pk.trainable_parameters(again).trainable == 0
+    assert pk.trainable_parameters(pk.load_adapter(again, tmp_path, is_trainable=True)) == flags
     pk.delete_adapter(again, "default")
     assert bits(again) == bits(base)
     frozen = pk.load_adapter(copy.deepcopy(base), tmp_path)
