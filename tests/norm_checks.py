@@ -25,7 +25,7 @@ from norm_cases import (
 from torch import Tensor
 
 SIZES = [(M, K) for M in (0, 1, 17) for K in (1, 3, 8, 33, 384, 1000, 4096)]
-SIZES += [(1000, K) for K in (1, 8, 33, 72)] + [(3, 20_011), (2, 16_385)]
+SIZES += [(1000, K) for K in (1, 8, 33)] + [(3, 20_011), (2, 16_385)]
 LARGE = ((1030, 768, FULL[0]), (261, 4099, FULL[1]), (40_011, 5, FULL[0]), (37, 8200, FULL[0]))
 """Past every tile, block and span: many rows, many columns, ragged ends of both."""
 
@@ -162,7 +162,7 @@ def check_repeats(run: Run, dtype: torch.dtype, device: str) -> None:
     """The same bits each time, and nothing that was given written to."""
     for layout in ("contiguous", "transposed", "columns"):
         for kind in (*FULL, Kind()):
-            one = data(237, 130, dtype, device, kind, layout)
+            one = data(97, 130, dtype, device, kind, layout)
             before = {name: tensor.clone() for name, tensor in one.tensors().items()}
             first = [None if t is None else t.clone() for t in outputs(run, one)]
             for _ in range(2):

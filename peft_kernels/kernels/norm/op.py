@@ -3,12 +3,16 @@
 import torch
 from torch import Tensor
 
+from ..._core import native
 from ..._core.dtypes import accumulator
 from ..._core.registry import define_op
 from ..._core.sharding import share
 from . import reference, sharding
 
-triton_impl = None
+if native.HAS_TRITON:
+    from . import triton_impl
+else:
+    triton_impl = None
 
 
 def _fwd_fake(x, residual, weight, bias, eps, rms, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,6 +46,8 @@ norm_fwd = define_op(
     "-> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
     reference=reference.norm_fwd,
     fake=_fwd_fake,
+    triton=triton_impl and triton_impl.norm_fwd,
+    workspace=triton_impl and triton_impl.norm_fwd_workspace,
 )
 
 norm_bwd = define_op(
@@ -50,6 +56,8 @@ norm_bwd = define_op(
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference=reference.norm_bwd,
     fake=_bwd_fake,
+    triton=triton_impl and triton_impl.norm_bwd,
+    workspace=triton_impl and triton_impl.norm_bwd_workspace,
 )
 
 share(norm_fwd, sharding.norm_fwd)
