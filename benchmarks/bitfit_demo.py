@@ -1,7 +1,7 @@
 """`make demo-bitfit`: fine-tune a real encoder by its head alone, by BitFit, by LoRA and whole, on the same reviews.
 
-Each method's learning rate was chosen by --choose, on a part of the training side: every fifth of its snippets, on
-which those runs do not train. The held-out side is only scored, at the end.
+--choose compares learning rates on a part of the training side: every fifth of its snippets, on which those runs do not
+train. The held-out side is only scored, at the end.
 """
 
 import argparse

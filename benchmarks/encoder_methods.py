@@ -17,7 +17,7 @@ HEAD_FILE = "head.safetensors"
 class Way:
     """`adapt` makes a model train by it, in place or anew; `load` puts what `save` wrote into a new base model.
 
-    rates: the learning rates to choose from, on a part of the training side (`--choose`); rate: the one chosen.
+    rates: the learning rates to choose from, on a part of the training side (`--choose`); rate: the default.
     """
 
     adapt: Callable[[nn.Module], nn.Module]
