@@ -1,0 +1,245 @@
+// One vector of fp32 at a time from and to rows in memory, sums along a row, and how rows are shared out.
+// Compiled once per instruction set.
+#pragma once
+
+#include "../common/column_sum_cpu.h"
+#include "norm.h"
+
+namespace peft_kernels {
+namespace PK_ISA {
+
+using Float = Vec<float>::type;
+using Bits = Vec<uint32_t>::type;
+
+// __builtin_convertvector would do, but GCC 12 makes four instructions of it where the set has one.
+static inline Bits widen_bits(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Bits v{};
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+static inline Float widen(const float* p) { return load(p); }
+static inline Float widen(const bf16* p) { return (Float)(widen_bits(&p->bits) << 16); }
+
+static inline Float widen(const f16* p) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  float wide[kLanes];
+  convert(wide, p, kLanes);
+  return load(wide);
+#endif
+}
+
+// Where a vector goes: into memory through the caches, or past them, for what nobody reads again soon.
+enum class Way { cached, past };
+
+#if defined(__AVX512F__)
+static inline void move(void* p, __m512i v, Way way) {
+  if (way == Way::past) return _mm512_stream_si512(static_cast<__m512i*>(p), v);
+  _mm512_storeu_si512(p, v);
+}
+#endif
+#if defined(__AVX2__)
+static inline void move(void* p, __m256i v, Way way) {
+  if (way == Way::past) return _mm256_stream_si256(static_cast<__m256i*>(p), v);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+}
+static inline void move(void* p, __m128i v, Way way) {
+  if (way == Way::past) return _mm_stream_si128(static_cast<__m128i*>(p), v);
+  _mm_storeu_si128(static_cast<__m128i*>(p), v);
+}
+#endif
+
+// Stores v rounded; what was stored comes back.
+static inline Float put(float* p, Float v, Way way) {
+#if defined(__AVX512F__)
+  move(p, (__m512i)v, way);
+#elif defined(__AVX2__)
+  move(p, (__m256i)v, way);
+#else
+  (void)way;
+  store(p, v);
+#endif
+  return v;
+}
+
+static inline Float put(bf16* p, Float v, Way way) {
+  const Bits u = (Bits)v, rounded = u + 0x7FFFu + ((u >> 16) & 1u);
+  const Bits high = (v == v ? rounded : Bits{} + 0x7FC00000u) >> 16;
+#if defined(__AVX512F__)
+  move(p, _mm512_cvtepi32_epi16((__m512i)high), way);
+#elif defined(__AVX2__)
+  move(p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)high), _mm256_extracti128_si256((__m256i)high, 1)), way);
+#else
+  (void)way;
+  for (int64_t i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(high[i]);
+#endif
+  return (Float)(high << 16);
+}
+
+static inline Float put(f16* p, Float v, Way way) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  move(p, half, way);
+  return (Float)_mm512_cvtph_ps(half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  move(p, half, way);
+  return (Float)_mm256_cvtph_ps(half);
+#else
+  (void)way;
+  float wide[kLanes];
+  store(wide, v);
+  convert(p, wide, kLanes);
+  return widen(p);
+#endif
+}
+
+// How many columns of a vector are there: all of them, known to the compiler, or the last few of a row.
+struct All {};
+struct Some {
+  int64_t n;
+};
+
+template <class T>
+static inline Float get(const T* p, All) {
+  return widen(p);
+}
+template <class T>
+static inline Float get(const T* p, Some some) {  // zeros past the end
+  T part[kLanes] = {};
+  memcpy(part, p, some.n * sizeof(T));
+  return widen(part);
+}
+
+template <class T>
+static inline Float set(T* p, Float v, All, Way way = Way::cached) {
+  return put(p, v, way);
+}
+template <class T>
+static inline Float set(T* p, Float v, Some some, Way = Way::cached) {
+  T part[kLanes];
+  const Float stored = put(part, v, Way::cached);
+  memcpy(p, part, some.n * sizeof(T));
+  return stored;
+}
+
+static inline Float live(Float v, All) { return v; }
+static inline Float live(Float v, Some some) {  // zeros past the end
+  float part[kLanes];
+  store(part, v);
+  for (int64_t i = some.n; i < kLanes; ++i) part[i] = 0;
+  return load(part);
+}
+
+// step(k, All or Some) for every vector of a row of K columns.
+template <class Step>
+static inline void along(int64_t K, Step step) {
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes) step(k, All{});
+  if (k < K) step(k, Some{K - k});
+}
+
+template <int sums>
+struct Terms {
+  Float of[sums];
+};
+
+// total[s] = the sum over a row of K columns of term(k, All or Some).of[s]. Error: chains of kRowChain terms in fp32 and a tree
+// of kRowStreams, 9 roundings, then fp64.
+constexpr int64_t kRowStreams = 4, kRowChain = 8;
+template <int sums, class Term>
+static inline void sum_along(int64_t K, double* total, Term term) {
+  double lanes[sums][kLanes] = {};
+  const auto join = [&](const Terms<sums>& part) {
+    PK_UNROLL
+    for (int s = 0; s < sums; ++s) {
+      float chain[kLanes];
+      store(chain, part.of[s]);
+      for (int64_t i = 0; i < kLanes; ++i) lanes[s][i] += chain[i];
+    }
+  };
+  constexpr int64_t wide = kRowStreams * kLanes;
+  int64_t k = 0;
+  while (K - k >= wide) {
+    const int64_t end = k + min64(kRowChain, (K - k) / wide) * wide;
+    Terms<sums> part[kRowStreams];
+    PK_UNROLL
+    for (int i = 0; i < kRowStreams; ++i) part[i] = term(k + i * kLanes, All{});
+    for (k += wide; k < end; k += wide) {
+      PK_UNROLL
+      for (int i = 0; i < kRowStreams; ++i) {
+        const Terms<sums> next = term(k + i * kLanes, All{});
+        PK_UNROLL
+        for (int s = 0; s < sums; ++s) part[i].of[s] += next.of[s];
+      }
+    }
+    PK_UNROLL
+    for (int s = 0; s < sums; ++s) part[0].of[s] = (part[0].of[s] + part[1].of[s]) + (part[2].of[s] + part[3].of[s]);
+    join(part[0]);
+  }
+  for (; k + kLanes <= K; k += kLanes) join(term(k, All{}));
+  if (k < K) join(term(k, Some{K - k}));
+  PK_UNROLL
+  for (int s = 0; s < sums; ++s) {
+    PK_UNROLL
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) lanes[s][i] += lanes[s][i + half];
+    total[s] = lanes[s][0];
+  }
+}
+
+// Rows of a matrix as rows whose elements lie side by side: where they are, or gathered into `copies`. Null if it is not there.
+template <class T>
+struct Lines {
+  const T* first = nullptr;
+  int64_t apart = 0;
+  const T* operator[](int64_t r) const { return first + r * apart; }
+};
+template <class T>
+static inline Lines<T> lines(const Strided& s, int64_t m, int64_t rows, int64_t K, T* copies) {
+  if (!s.data) return {};
+  const T* first = static_cast<const T*>(s.data) + m * s.row;
+  if (s.col == 1 || K == 1) return {first, s.row};
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t r = 0; r < rows; ++r) copies[r * K + k] = first[r * s.row + k * s.col];
+  return {copies, K};
+}
+static inline int64_t copied(const Strided& s, int64_t rows, int64_t K) {  // elements of `copies`
+  return s.data && s.col != 1 && K > 1 ? rows * K : 0;
+}
+
+// Rows that fill whole lines of a cache, and more of them than a cache keeps until they are read, go past it: a plain store
+// reads the line first. Measured on two cores of a Zen 5: 0.75 of the time, for one array read and one written.
+constexpr int64_t kCacheKeeps = 32 << 20;
+template <class T>
+static inline bool goes_past(const T* out, int64_t M, int64_t K) {
+  const int64_t row = K * static_cast<int64_t>(sizeof(T));
+  return M * row >= kCacheKeeps && row % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+// What went past the caches is seen by other threads after this.
+static inline void close(Way way) {
+#if defined(__AVX2__)
+  if (way == Way::past) _mm_sfence();
+#else
+  (void)way;
+#endif
+}
+
+// Threads worth waking for M rows of K columns.
+static inline int team_for(int threads, int64_t M, int64_t K) { return M * K < 32768 ? 1 : threads; }
+
+void norm_forward(const NormFwd& f);
+
+}  // namespace PK_ISA
+}  // namespace peft_kernels
