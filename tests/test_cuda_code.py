@@ -26,10 +26,20 @@ WANTED = {
 }
 """Opcodes that the code must hold: the matrix instructions meant, TMA for what is large, wide accesses for the rest."""
 
-WANTED_GENERAL = {"bias_grad.cu": ("LDG.E.128",), "probe.cu": ("HMMA.16816.F32.BF16",)}
+WANTED_GENERAL = {
+    "bias_grad.cu": ("LDG.E.128",),
+    "norm_fwd.cu": ("LDG.E.EF.128", "STG.E.128", "MUFU.RSQ"),
+    "norm_bwd.cu": ("LDG.E.EF.128", "STG.E.128"),
+    "probe.cu": ("HMMA.16816.F32.BF16",),
+}
 
-MOST_REGISTERS = {"bias_grad.cu": {"WideRows": 80, "AnyRows": 48}, "probe.cu": {"kernel": 64}}
-"""By a part of the kernel's name: what its launch bounds leave a thread (256 threads, 3 or 5 blocks per SM)."""
+MOST_REGISTERS = {
+    "bias_grad.cu": {"WideRows": 80, "AnyRows": 48},
+    "norm_fwd.cu": {"held_kernel": 80, "looped_kernel": 64},
+    "norm_bwd.cu": {"rows_kernel": 128, "looped_kernel": 64, "parts_kernel": 48},
+    "probe.cu": {"kernel": 64},
+}
+"""By a part of the kernel's name: what its launch bounds leave a thread (bias_grad: 256 threads, 3 or 5 blocks)."""
 
 
 def compiled(source: Path, out: Path, arch: str = "90a") -> str:
@@ -90,6 +100,31 @@ def check_bias_grad(sass: str) -> None:
         assert loads >= 8, f"{loads} loads in flight in {name}"
 
 
+PASS = re.compile(r"PassI(.+?)Li(\d)ELb(\d)ELb(\d)ELb(\d)E")
+
+
+def rows_loads(name: str) -> int:
+    """How many 16-byte loads of dy and x a thread of the norm's row pass issues at once, from its mangled name."""
+    dtypes, pieces, *needed = PASS.search(name).groups()
+    dx, dweight, _ = (flag == "1" for flag in needed)
+    of_dy = 2 if dtypes.endswith("f") and dtypes != "ff" else 1
+    rows = 4 if not dx else 2 if pieces == "1" and of_dy == 1 else 1
+    return rows * int(pieces) * (of_dy + (dx or dweight))
+
+
+def check_norm(sass: str) -> None:
+    """All loads of a row before anything is added; 16-byte stores but for mean, rstd and the columns' sums."""
+    for kernel in sass.split("Function : ")[1:]:
+        name = kernel.partition("\n")[0]
+        held = re.search(r"held_kernel.*Li(\d)E", name)
+        wanted = int(held[1]) if held else rows_loads(name) if "rows_kernel" in name else 0
+        loads = loads_in_flight(kernel, "LDG.E.EF.128")
+        assert loads >= wanted, f"{loads} loads in flight in {name}, not {wanted}"
+        narrow = len(re.findall(r"\bSTG\.E(?!\.128)", kernel))
+        allowed = 1 if "parts_kernel" in name else 2 if "norm_fwd" in name else 0
+        assert narrow <= allowed, f"{narrow} stores of less than 16 bytes in {name}"
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", GENERAL, ids=lambda path: path.name)
 def test_general_kernels(source, arch, tmp_path):
@@ -103,6 +138,8 @@ def test_general_kernels(source, arch, tmp_path):
     assert not re.search(r"\b(FADD|FMUL|FFMA|FSETP)\S*\.FTZ", sass)
     if source.name == "bias_grad.cu":
         check_bias_grad(sass)
+    if source.name.startswith("norm"):
+        check_norm(sass)
 
 
 def test_loads_in_flight_are_counted():

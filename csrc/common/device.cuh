@@ -29,6 +29,11 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,
                    Arguments... arguments) {
+  if (dynamic_bytes > 0) {  // with what is static it may be more than the 48 KB that a kernel has unasked
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

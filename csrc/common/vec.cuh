@@ -59,6 +59,9 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kWide<T>]) {
           pack_word(values + 3 * kPerWord, T{})};
 }
 
+// One store of 16 bytes. The compiler splits some of *p = bits into four.
+__device__ __forceinline__ void store_16(void* p, const uint4& bits) { __stwb(static_cast<uint4*>(p), bits); }
+
 // ---- loaders: what a row pass reads, in `Raw` while the bytes are on their way and as kColumns floats after ----
 // A fused pass brings its own: `load` reads every operand at (row, column), `values` makes the terms of the sum and may
 // store other results there; it is called once for every row and column that exists. kBlocksPerSm: how many blocks of 256

@@ -145,7 +145,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Where where = 
   return vote.ballot;
 }
 
-// Loads, by any cache policy. Unlike a plain *p these say what is wrong with a misaligned address.
+// Loads and stores, by any cache policy. Unlike a plain *p these say what is wrong with a misaligned address.
 template <typename T>
 T __ldg(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(T) != 0) simt::fail("load of %zu bytes from %p", sizeof(T), p);
@@ -156,6 +156,13 @@ T __ldcs(const T* p) {
   return __ldg(p);
 }
 
+template <typename T>
+void __stwb(T* p, T value) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(T) != 0) simt::fail("store of %zu bytes to %p", sizeof(T), p);
+  *p = value;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -1,0 +1,176 @@
+// norm_fwd and norm_bwd for the CUDA key: checks and outputs. What the kernels do not take (float64, rows that 16-byte
+// loads cannot read, a GPU that the extension was not built for) goes to norm_fwd_general and norm_bwd_general, which
+// Python registers.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "norm_cuda.h"
+
+namespace peft_kernels {
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// The C API's number of a dtype, -1 for one that it lacks.
+int dtype_code(at::ScalarType dtype) {
+  if (dtype == at::kBFloat16) return 0;
+  if (dtype == at::kHalf) return 1;
+  return dtype == at::kFloat ? 2 : -1;
+}
+
+bool no_code_for_this_gpu(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+}
+
+int attribute(const Tensor& t, cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, t.get_device()));
+  return value;
+}
+
+// Whether a matrix's columns, or a parameter's elements, lie side by side; one that is not there is no obstacle.
+bool adjacent(const optional<Tensor>& t) { return !t || t->stride(-1) == 1; }
+
+const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+long long row_stride(const optional<Tensor>& t) { return t ? t->stride(0) : 0; }
+int dtype_of(const optional<Tensor>& t) { return t ? dtype_code(t->scalar_type()) : 0; }
+
+void check(const char* op, const char* name, const optional<Tensor>& t, at::IntArrayRef sizes,
+           optional<at::ScalarType> dtype = std::nullopt) {
+  if (!t) return;
+  TORCH_CHECK_VALUE(t->sizes() == sizes, op, ": ", name, " has shape ", t->sizes(), "; expected ", sizes);
+  TORCH_CHECK_VALUE(!dtype || t->scalar_type() == *dtype, op, ": ", name, " is ", t->scalar_type(), "; expected ", *dtype);
+}
+
+// ---- forward ----
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Forward general_fwd(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
+                    const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
+  using Op = Forward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&, double, bool,
+                     at::ScalarType);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::norm_fwd_general", "").typed<Op>();
+  return op.call(x, residual, weight, bias, eps, rms, dtype);
+}
+
+Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
+                 const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "norm_fwd: x has shape ", x.sizes(),
+                    "; expected two dimensions, [M, K], K at least 1");
+  check("norm_fwd", "residual", residual, x.sizes(), x.scalar_type());
+  check("norm_fwd", "weight", weight, {x.size(1)});
+  check("norm_fwd", "bias", bias, {x.size(1)});
+  const auto general = [&] { return general_fwd(x, residual, weight, bias, eps, rms, dtype); };
+  const bool float_or_own = dtype == at::kFloat || dtype == x.scalar_type();
+  if (!float_or_own || !adjacent(x) || !adjacent(residual) || !adjacent(weight) || !adjacent(bias)) return general();
+  NormForward args{};
+  args.x = x.const_data_ptr(), args.residual = data(residual);
+  args.weight = data(weight), args.bias = data(bias);
+  args.M = x.size(0), args.K = x.size(1);
+  args.x_row_stride = x.stride(0), args.residual_row_stride = row_stride(residual);
+  args.eps = static_cast<float>(eps);
+  args.dtype = dtype_code(x.scalar_type());
+  args.weight_dtype = dtype_of(weight), args.bias_dtype = dtype_of(bias);
+  args.y_fp32 = dtype == at::kFloat, args.rms = rms;
+  if (!norm_fwd_takes(&args)) return general();
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor y = at::empty(x.sizes(), options.dtype(dtype));
+  Tensor total = residual ? at::empty(x.sizes(), options) : at::empty({0}, options);
+  Tensor mean = at::empty({rms ? 0 : args.M}, options.dtype(at::kFloat));
+  Tensor rstd = at::empty({args.M}, options.dtype(at::kFloat));
+  args.y = y.mutable_data_ptr(), args.total = total.mutable_data_ptr();
+  args.mean = mean.mutable_data_ptr<float>(), args.rstd = rstd.mutable_data_ptr<float>();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.get_device()).stream();
+  const auto error = static_cast<cudaError_t>(norm_fwd_cuda(&args, stream));
+  if (no_code_for_this_gpu(error)) {
+    cudaGetLastError();  // it is not the next caller's
+    return general();
+  }
+  C10_CUDA_CHECK(error);
+  return {y, total, mean, rstd};
+}
+
+// ---- backward ----
+
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+Backward general_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x,
+                     const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms,
+                     bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
+  using Op = Backward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&,
+                      const optional<Tensor>&, const optional<Tensor>&, bool, bool, bool, bool, at::ScalarType,
+                      at::ScalarType);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::norm_bwd_general", "").typed<Op>();
+  return op.call(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
+}
+
+Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x, const optional<Tensor>& mean,
+                  const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms, bool need_dx, bool need_dweight,
+                  bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
+  TORCH_CHECK_VALUE(dy.dim() == 2 && dy.size(1) > 0, "norm_bwd: dy has shape ", dy.sizes(),
+                    "; expected two dimensions, [M, K], K at least 1");
+  const auto general = [&] {
+    return general_bwd(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
+  };
+  const bool reads_x = need_dx || need_dweight, fp32_dy = dy.scalar_type() == at::kFloat;
+  const bool dtypes = (fp32_dy || dy.scalar_type() == dx_dtype) && (dtype == at::kFloat || dtype == dx_dtype);
+  if (!dtypes || dtype_code(dx_dtype) < 0) return general();  // and what is wrong there is said there
+  check("norm_bwd", "dtotal", dtotal, dy.sizes(), dx_dtype);
+  check("norm_bwd", "weight", weight, {dy.size(1)});
+  check("norm_bwd", "x", x, dy.sizes(), dx_dtype);
+  if (!rms) check("norm_bwd", "mean", mean, {dy.size(0)}, at::kFloat);
+  check("norm_bwd", "rstd", rstd, {dy.size(0)}, at::kFloat);
+  TORCH_CHECK_VALUE(!reads_x || (x && rstd && (rms || mean)),
+                    "norm_bwd: x, mean or rstd is None; expected them, as dx or dweight is asked for");
+  if (!adjacent(dy) || !adjacent(dtotal) || !adjacent(weight) || !adjacent(x) || !adjacent(rstd)) return general();
+  if (!rms && !adjacent(mean)) return general();
+  NormBackward args{};
+  args.dy = dy.const_data_ptr(), args.dtotal = data(dtotal), args.x = data(x), args.weight = data(weight);
+  args.mean = static_cast<const float*>(rms ? nullptr : data(mean)), args.rstd = static_cast<const float*>(data(rstd));
+  args.M = dy.size(0), args.K = dy.size(1);
+  args.dy_row_stride = dy.stride(0), args.dtotal_row_stride = row_stride(dtotal), args.x_row_stride = row_stride(x);
+  args.dtype = dtype_code(dx_dtype), args.dy_fp32 = fp32_dy;
+  args.weight_dtype = dtype_of(weight), args.sums_fp32 = dtype == at::kFloat, args.rms = rms;
+  args.need_dx = need_dx, args.need_dweight = need_dweight, args.need_dbias = need_dbias;
+  if (!norm_bwd_takes(&args)) return general();
+  const c10::cuda::CUDAGuard guard(dy.device());
+  const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+  Tensor dx = need_dx ? at::empty(dy.sizes(), options.dtype(dx_dtype)) : at::empty({0}, options.dtype(dx_dtype));
+  Tensor dweight = at::empty({need_dweight ? args.K : 0}, options.dtype(dtype));
+  Tensor dbias = at::empty({need_dbias ? args.K : 0}, options.dtype(dtype));
+  args.dx = dx.mutable_data_ptr(), args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
+  const NormGpu gpu{attribute(dy, cudaDevAttrMultiProcessorCount), attribute(dy, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const Tensor workspace = at::empty({norm_bwd_workspace(&args, &gpu) / 4}, options.dtype(at::kFloat));
+  args.workspace = workspace.mutable_data_ptr<float>();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(dy.get_device()).stream();
+  const auto error = static_cast<cudaError_t>(norm_bwd_cuda(&args, &gpu, stream));
+  if (no_code_for_this_gpu(error)) {
+    cudaGetLastError();  // it is not the next caller's
+    return general();
+  }
+  C10_CUDA_CHECK(error);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peft_kernels, CUDA, m) {
+  m.impl("norm_fwd", TORCH_FN(norm_fwd));
+  m.impl("norm_bwd", TORCH_FN(norm_bwd));
+}
+
+}  // namespace peft_kernels
