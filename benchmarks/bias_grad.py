@@ -1,6 +1,5 @@
 """The bias gradient's contenders: one read of dy as the floor, ours, and how PyTorch sums columns."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.bias_grad import configs, op
 
-from .lora_linear_check import bounds
+from .derived_bounds import bounds, worst
 from .measure import Contender, input_sets
 
 _OURS = "peft_kernels"
@@ -61,8 +60,7 @@ def value_errors(dy: Tensor, run: Callable[[Tensor], Tensor], units: float) -> d
     u = bounds.unit_roundoff(bounds.accumulator(dy.dtype))
     error = units * u * exact.abs().sum(0) + bounds.underflow(torch.float32)
     bound = bounds.Approx(exact.sum(0), error).rounded(dy.dtype)
-    worst = ((run(dy).to(torch.float64) - bound.value).abs() / bound.error).max().item()
-    return {"dbias": math.inf if math.isnan(worst) else worst}
+    return {"dbias": worst(run(dy), bound.value, bound.error)}
 
 
 def contenders(case: BiasCase, device: str, seed: int = 0) -> list[Contender]:

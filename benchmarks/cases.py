@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_grad, bitfit_memory, lora_linear, lora_memory, measure
+from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm
+from .bias_act import ActCase
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
 from .held import leaked, memory
 from .lora_linear import LoRACase
 from .measure import PARTS, Contender, Effort
 from .memory_methods import Method
+from .norm_case import NormCase
 from .part_times import Result, Timed, time_part
 from .rows import Row, make_row
 
-Case = LoRACase | BiasCase
+Case = LoRACase | BiasCase | ActCase | NormCase
 """A label, a dtype, M, and whether compiled peers are set beside it."""
 
 
@@ -62,7 +64,29 @@ def _bias_grad(*sizes: tuple[int, int]) -> list[BiasCase]:
     return [BiasCase(M, N, dtype) for dtype in (torch.float32, torch.bfloat16) for M, N in sizes]
 
 
+def _bias_act(*sizes: tuple[int, int]) -> list[ActCase]:
+    every = [(dtype, act) for dtype in (torch.float32, torch.bfloat16) for act in ("gelu", "gelu_tanh", "silu", "relu")]
+    return [ActCase(M, N, dtype, act) for dtype, act in every for M, N in sizes]
+
+
+def _norm(*sizes: tuple[int, int], dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)) -> list[NormCase]:
+    kinds = (("layer_norm", False), ("layer_norm", True), ("rms_norm", True))
+    return [NormCase(*size, dtype, *kind) for dtype in dtypes for size in sizes for kind in kinds]
+
+
 PRIMITIVES = {
+    "bias_act": Primitive(
+        bias_act.contenders,
+        {
+            "gpu": [ActCase(M, 16384, torch.bfloat16, "gelu", compiled=True) for M in (512, 2048, 8192)]
+            + [ActCase(8192, 16384, torch.bfloat16, act) for act in ("gelu_tanh", "silu", "relu")],
+            "tiny": _bias_act((33, 96)),
+            "cpu": _bias_act((8192, 4096)),
+            "speed": [ActCase(2048, 512, dtype) for dtype in (torch.float32, torch.bfloat16)],
+        },
+        bias_act.of_layers,
+        work=bias_act.work,
+    ),
     "bias_grad": Primitive(
         bias_grad.contenders,
         {
@@ -86,6 +110,18 @@ PRIMITIVES = {
         lora_linear.of_layers,
         lora_memory.METHODS,
         lora_linear.work,
+    ),
+    "norm": Primitive(
+        norm.contenders,
+        {
+            "gpu": [NormCase(M, 4096, torch.bfloat16, compiled=True) for M in (512, 2048, 8192)]
+            + _norm((8192, 1024), (8192, 16384), dtypes=(torch.bfloat16,)),
+            "tiny": _norm((33, 96)),
+            "cpu": _norm((8192, 384), (8192, 4096)),
+            "speed": _norm((2048, 512)),
+        },
+        norm.of_layers,
+        work=norm.work,
     ),
 }
 

@@ -1,28 +1,20 @@
 """One step of a LoRA linear's contender on shared inputs, and its values against fp64 truth with the tests' bounds."""
 
 import contextlib
-import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels.kernels.lora_linear import reference
 
+from .derived_bounds import bounds, worst
+
 SCALING = 2.0  # lora_alpha = 2 R, as PEFT's own examples; a power of two, so dy * scaling is exact in every peer
 _SAMPLED_ROWS = 8
 _SAMPLED_RANKS = 4
-
-_spec = importlib.util.spec_from_file_location(
-    "peft_kernels_bounds", Path(__file__).parent.parent / "tests" / "bounds.py"
-)
-bounds = importlib.util.module_from_spec(_spec)
-"""The derived bounds of the test-suite, so that the two cannot drift; by path, for `tests` is many packages' name."""
-_spec.loader.exec_module(bounds)
 
 
 @dataclass(frozen=True)
@@ -178,11 +170,4 @@ def value_errors(case: LoRACase, inputs: Inputs, layer: Layer) -> dict[str, floa
     found = {"y": y[rows], "dx": dx[rows]}
     if len(grads) == 2:
         found |= {"dlora_a": grads[0][ranks], "dlora_b": grads[1][:, ranks]}
-    return {name: _worst(found[name], *truth[name]) for name in found}
-
-
-def _worst(found: Tensor, truth: Tensor, bound: Tensor) -> float:
-    if found.shape != truth.shape:
-        return math.inf
-    error = ((found.to(torch.float64) - truth).abs() / bound).max().item() if found.numel() else 0.0
-    return math.inf if math.isnan(error) else error
+    return {name: worst(found[name], *truth[name]) for name in found}

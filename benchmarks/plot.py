@@ -43,8 +43,9 @@ def by_device(every: list[Row]) -> dict[str, list[Row]]:
 
 
 def sizes(row: Row) -> dict[str, float]:
-    """M=8192 N=4096 ... -> {"M": 8192.0, ...}"""
-    return {name: float(value) for name, value in (word.split("=") for word in row["case"].split())}
+    """M=8192 N=4096 act=gelu ... -> {"M": 8192.0, "N": 4096.0, ...}: those that are numbers."""
+    words = (word.split("=") for word in row["case"].split())
+    return {name: float(value) for name, value in words if value[:1].isdigit()}
 
 
 def _others(row: Row) -> str:

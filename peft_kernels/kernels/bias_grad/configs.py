@@ -6,7 +6,7 @@ and hardly any shared memory take part: what parts differ in, their bandwidth, c
 The floor is one read of dy: `floor_bytes` / bandwidth, at [8192, 4096] in bf16 67 MB, 22 us at the 3.0 TB/s measured on
 an H100. The partial sums add 1.6 % to that at most: 4 bytes per column and 256 rows or more, written and read.
 The activation pass reads dy and z (of ReLU the mask) and writes dz: `act_floor_bytes`, 201 MB and 67 us there. Its
-derivative takes about 30 instructions an element; an H100 has time for 57 while three 16-bit numbers move.
+derivative takes about 37 instructions an element; an H100 has time for 57 while three 16-bit numbers move.
 """
 
 from dataclasses import dataclass, replace
