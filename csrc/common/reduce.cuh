@@ -33,8 +33,8 @@ struct WarpSums {
 };
 
 // Sums over a team: `span` threads side by side, a power of two up to 32, or the whole block, of a multiple of 32
-// threads. Every thread of the block calls it. `turn` alternates between two places for the warps' sums, so that one barrier
-// is enough: a place is written again only after the other's barrier, which all who read it have reached.
+// threads. Every thread of the block calls it. `turn` alternates between two places for the warps' sums, so that one
+// barrier is enough: a place is written again only after the other's barrier, which all who read it have reached.
 template <int N>
 __device__ __forceinline__ void sum_team(float (&values)[N], int span, int& turn) {
   sum_warp(values, span < 32 ? span : 32);

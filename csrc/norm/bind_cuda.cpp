@@ -49,7 +49,8 @@ void check(const char* op, const char* name, const optional<Tensor>& t, at::IntA
            optional<at::ScalarType> dtype = std::nullopt) {
   if (!t) return;
   TORCH_CHECK_VALUE(t->sizes() == sizes, op, ": ", name, " has shape ", t->sizes(), "; expected ", sizes);
-  TORCH_CHECK_VALUE(!dtype || t->scalar_type() == *dtype, op, ": ", name, " is ", t->scalar_type(), "; expected ", *dtype);
+  TORCH_CHECK_VALUE(!dtype || t->scalar_type() == *dtype, op, ": ", name, " is ", t->scalar_type(), "; expected ",
+                    *dtype);
 }
 
 // ---- forward ----
@@ -58,8 +59,8 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Forward general_fwd(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
                     const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
-  using Op = Forward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&, double, bool,
-                     at::ScalarType);
+  using Op = Forward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&, double,
+                     bool, at::ScalarType);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::norm_fwd_general", "").typed<Op>();
   return op.call(x, residual, weight, bias, eps, rms, dtype);
@@ -108,8 +109,9 @@ Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const option
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
 Backward general_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x,
-                     const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms,
-                     bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
+                     const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight,
+                     bool rms, bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype,
+                     at::ScalarType dx_dtype) {
   using Op = Backward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&,
                       const optional<Tensor>&, const optional<Tensor>&, bool, bool, bool, bool, at::ScalarType,
                       at::ScalarType);
@@ -118,9 +120,9 @@ Backward general_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const opt
   return op.call(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
 }
 
-Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x, const optional<Tensor>& mean,
-                  const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms, bool need_dx, bool need_dweight,
-                  bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
+Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x,
+                  const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms,
+                  bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
   TORCH_CHECK_VALUE(dy.dim() == 2 && dy.size(1) > 0, "norm_bwd: dy has shape ", dy.sizes(),
                     "; expected two dimensions, [M, K], K at least 1");
   const auto general = [&] {
@@ -153,7 +155,8 @@ Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const option
   Tensor dweight = at::empty({need_dweight ? args.K : 0}, options.dtype(dtype));
   Tensor dbias = at::empty({need_dbias ? args.K : 0}, options.dtype(dtype));
   args.dx = dx.mutable_data_ptr(), args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
-  const NormGpu gpu{attribute(dy, cudaDevAttrMultiProcessorCount), attribute(dy, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const NormGpu gpu{attribute(dy, cudaDevAttrMultiProcessorCount),
+                    attribute(dy, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   const Tensor workspace = at::empty({norm_bwd_workspace(&args, &gpu) / 4}, options.dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(dy.get_device()).stream();

@@ -1,13 +1,13 @@
-// LayerNorm and RMSNorm backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dtotal with g = dy * weight, without
-// mean(g) for RMSNorm; dweight = column sums of dy * xhat, dbias of dy.
+// LayerNorm and RMSNorm backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dtotal with g = dy * weight,
+// without mean(g) for RMSNorm; dweight = column sums of dy * xhat, dbias of dy.
 //
 // Floor: dy, x and dtotal read and dx written once (268 MB of bf16 at [8192, 4096], 80 us at 3.35 TB/s; 60 us without
-// dtotal). To keep that busy an H100 needs 3.35 TB/s * 800 ns / 132 SMs = 20 KB in flight per SM. One wave of blocks goes
-// over the rows, 512 threads per SM: each thread has 64 bytes of the next rows on their way while it reduces these, so 32
-// KB are in flight all the time (18 where a block of 288 threads is all that an SM has; both sums of more than 4096 columns
-// of 16 bits leave no registers for that, and ask for 32 KB at the start of each row). The blocks' sums are 4 bytes per
-// column, kind and block, which stay in L2: a second launch adds them. Arithmetic: about 40 instructions per element with
-// both sums, of the 53 that an SM has while 6 bytes of it come and go.
+// dtotal). To keep that busy an H100 needs 3.35 TB/s * 800 ns / 132 SMs = 20 KB in flight per SM. One wave of blocks
+// goes over the rows, 512 threads per SM: each thread has 64 bytes of the next rows on their way while it reduces
+// these, so 32 KB are in flight all the time (18 where a block of 288 threads is all that an SM has; both sums of more
+// than 4096 columns of 16 bits leave no registers for that, and ask for 32 KB at the start of each row). The blocks'
+// sums are 4 bytes per column, kind and block, which stay in L2: a second launch adds them. Arithmetic: about 40
+// instructions per element with both sums, of the 53 that an SM has while 6 bytes of it come and go.
 //
 // Rows of more than 1024 pieces of 16 bytes (8192 columns of 16 bits) leave a block no registers for chains: dx and the
 // sums are then two launches, and dy and x are read twice, 10 bytes where the floor has 6. Without dx the sums need no
@@ -52,7 +52,8 @@ SumsPlan plan_sums(const NormBackward& a, const NormGpu& gpu) {
   plan.teams = plan.held > 0 ? teams_for(pieces_of(a), plan.held, kSumThreads) : Teams{1, kSumThreads};
   while (plan.held == 0 && plan.teams.span < kSumSpan && plan.teams.span < pieces_of(a)) plan.teams.span *= 2;
   plan.tiles = plan.held > 0 ? 1 : ceil_div(pieces_of(a), plan.teams.span);
-  const long long wave = ceil_div(static_cast<long long>(kThreadsPerSm / plan.teams.threads) * gpu.sm_count, plan.tiles);
+  const long long blocks_per_sm = kThreadsPerSm / plan.teams.threads;
+  const long long wave = ceil_div(blocks_per_sm * gpu.sm_count, plan.tiles);
   const long long most = ceil_div(a.M, 4ll * plan.teams.count());  // four rows for every team
   const long long fewest = ceil_div(a.M, kMostRows * plan.teams.count());
   const long long wanted = wave < most ? wave : most;
@@ -101,8 +102,8 @@ cudaError_t add_parts(const NormBackward& a, long long parts, cudaStream_t strea
 // ---- dx of rows that no block holds: read twice, the second time from L2 ----
 
 template <int W>
-__device__ __forceinline__ void load_terms(const NormBackward& a, long long row, long long column, float mean, float rstd,
-                                           float (&g)[W], float (&xhat)[W]) {
+__device__ __forceinline__ void load_terms(const NormBackward& a, long long row, long long column, float mean,
+                                           float rstd, float (&g)[W], float (&xhat)[W]) {
   float weight[W];
   load_parameter(a.weight, a.weight_dtype, column, 1.0f, weight);
   load_columns<true>(a.dy, a.dy_fp32 ? kFloat32 : a.dtype, row * a.dy_row_stride + column, g);
@@ -112,7 +113,8 @@ __device__ __forceinline__ void load_terms(const NormBackward& a, long long row,
 }
 
 template <int W>
-__global__ void __launch_bounds__(kMostThreads, 2) norm_bwd_looped_kernel(const NormBackward a, const float per_column) {
+__global__ void __launch_bounds__(kMostThreads, 2) norm_bwd_looped_kernel(const NormBackward a,
+                                                                               const float per_column) {
   const long long row = blockIdx.x, step = static_cast<long long>(blockDim.x) * W;
   const float mean = a.rms ? 0.0f : __ldg(a.mean + row), rstd = __ldg(a.rstd + row);
   TwoFloat of_g = {}, of_both = {};
@@ -140,8 +142,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) norm_bwd_looped_kernel(const 
 // ---- launches ----
 
 template <typename P>
-cudaError_t launch_rows(const NormBackward& a, const Teams& teams, long long parts, long long tiles, long long rows_per_part,
-                        cudaStream_t stream) {
+cudaError_t launch_rows(const NormBackward& a, const Teams& teams, long long parts, long long tiles,
+                        long long rows_per_part, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(tiles));
   const size_t shared_bytes = static_cast<size_t>(P::kSharedPerThread) * teams.threads;
   const RowParts shape{rows_per_part, teams.span, 1.0f / static_cast<float>(a.K)};

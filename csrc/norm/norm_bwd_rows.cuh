@@ -1,7 +1,7 @@
 // The backward pass over rows: dx, and each block's sums for dweight and dbias, from one read of dy and x.
 //
-// A team goes through the rows of its block's part, kRows at a time: two sums over each row, dx, and the terms
-// dy * xhat and dy of each of a thread's own columns added to a chain. Where the registers allow it, the next rows are on
+// A team goes through the rows of its block's part, kRows at a time: two sums over each row, dx, and the terms dy *
+// xhat and dy of each of a thread's own columns added to a chain. Where the registers allow it, the next rows are on
 // their way while these are reduced. Chains of kChain rows join TwoFloats, which every thread keeps in its own words of
 // shared memory: there they cost one access in kChain rows, and leave the registers to the rows.
 //
@@ -19,8 +19,8 @@ constexpr int kChain = kBatch;      // rows whose terms are added before they jo
 
 constexpr int kMostCarriedPieces = 2;  // per thread, beside whose chains the registers hold a row
 
-// The compiler takes what lies there for unknown after it. Else it keeps the floats that it made of 16-bit numbers until
-// their next use, in twice the registers.
+// The compiler takes what lies there for unknown after it. Else it keeps the floats that it made of 16-bit numbers
+// until their next use, in twice the registers.
 __device__ __forceinline__ void forget(uint4& bits) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
@@ -207,8 +207,8 @@ __device__ __forceinline__ void row_terms(const NormBackward& a, const Place& at
 
 // dx of a row, from the means of g (0 for RMSNorm) and of g * xhat.
 template <typename P>
-__device__ __forceinline__ void write_dx(const NormBackward& a, const Place& at, const Carried<P>& carried, long long row,
-                                         const HeldRow<P>& held, float mean_g, float mean_both) {
+__device__ __forceinline__ void write_dx(const NormBackward& a, const Place& at, const Carried<P>& carried,
+                                         long long row, const HeldRow<P>& held, float mean_g, float mean_both) {
 #pragma unroll
   for (int v = 0; v < P::V; ++v) {
     if (!at.has(row, v)) continue;

@@ -1,8 +1,8 @@
-// C API of LayerNorm and RMSNorm on a GPU, forward and backward, over the rows of a matrix [M, K].
-// It takes rows of unit column stride that 16-byte loads can read: K a multiple of the elements in 16 bytes of x's dtype,
-// every matrix on 16 bytes and its row stride such a multiple too (of no matter where M is 1). norm_*_takes says whether a
-// call is of that kind. Deterministic; no allocation, no synchronization.
-// dtypes: 0 bfloat16, 1 float16, 2 float32. Strides: in elements, 0 and up; what has none is contiguous.
+// C API of LayerNorm and RMSNorm on a GPU, forward and backward, over the rows of a matrix [M, K]. It takes rows of
+// unit column stride that 16-byte loads can read: K a multiple of the elements in 16 bytes of x's dtype, every matrix
+// on 16 bytes and its row stride such a multiple too (of no matter where M is 1). norm_*_takes says whether a call is
+// of that kind. Deterministic; no allocation, no synchronization. dtypes: 0 bfloat16, 1 float16, 2 float32. Strides: in
+// elements, 0 and up; what has none is contiguous.
 #pragma once
 
 extern "C" {

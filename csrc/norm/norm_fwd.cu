@@ -1,15 +1,16 @@
-// LayerNorm and RMSNorm forward: y = (t - mean) * rstd * weight + bias over each row of t = x, or of x + residual, which
-// is rounded to x's dtype and written in the same pass.
+// LayerNorm and RMSNorm forward: y = (t - mean) * rstd * weight + bias over each row of t = x, or of x + residual,
+// which is rounded to x's dtype and written in the same pass.
 //
 // Floor: x read and y written once, with a residual two matrices each way (134 MB of bf16 at [8192, 4096], 40 us at
-// 3.35 TB/s). To keep that busy an H100 needs 3.35 TB/s * 800 ns / 132 SMs = 20 KB in flight per SM. A thread issues its 4
-// or 8 loads of 16 bytes at once and holds them while its team adds them up, twice: the registers leave an SM 1024 or 768
-// threads, so 64 KB or more are asked for by blocks that start together, and while some reduce, others load. Rows are
-// read once for all that is done with them. Arithmetic: about 10 instructions per element, of the 35 that an SM has while
-// 4 bytes of it come and go. Rows of more than 3072 pieces are read again from L2 instead: three times for LayerNorm.
+// 3.35 TB/s). To keep that busy an H100 needs 3.35 TB/s * 800 ns / 132 SMs = 20 KB in flight per SM. A thread issues
+// its 4 or 8 loads of 16 bytes at once and holds them while its team adds them up, twice: the registers leave an SM
+// 1024 or 768 threads, so 64 KB or more are asked for by blocks that start together, and while some reduce, others
+// load. Rows are read once for all that is done with them. Arithmetic: about 10 instructions per element, of the 35
+// that an SM has while 4 bytes of it come and go. Rows of more than 3072 pieces are read again from L2 instead: three
+// times for LayerNorm.
 //
-// Error: a sum over a row is a tree, per piece, over pieces, lanes and warps: at most 3 + 3 + 5 + 4 roundings. Rows that
-// are read again add a piece's sum to a TwoFloat. The variance is of centred values.
+// Error: a sum over a row is a tree, per piece, over pieces, lanes and warps: at most 3 + 3 + 5 + 4 roundings. Rows
+// that are read again add a piece's sum to a TwoFloat. The variance is of centred values.
 #include "norm_cuda.h"
 #include "norm_rows.cuh"
 

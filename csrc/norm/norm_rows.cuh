@@ -1,8 +1,8 @@
-// What the norm's forward and backward kernels share: rows in 16-byte pieces, columns of a dtype known at run time, and how
-// threads lie on rows.
+// What the norm's forward and backward kernels share: rows in 16-byte pieces, columns of a dtype known at run time, and
+// how threads lie on rows.
 //
-// A row belongs to a team: `span` threads side by side, within a warp where the row is short, else a whole block. Thread
-// `lane` of a team holds the 16-byte pieces lane, lane + span, ... of its row.
+// A row belongs to a team: `span` threads side by side, within a warp where the row is short, else a whole block.
+// Thread `lane` of a team holds the 16-byte pieces lane, lane + span, ... of its row.
 #pragma once
 
 #include "../common/column_sum_launch.cuh"
@@ -61,7 +61,8 @@ __device__ __forceinline__ void load_columns(const void* data, int dtype, long l
 
 // Elements `at` and on of an affine parameter, or the same number for all where there is none.
 template <int N>
-__device__ __forceinline__ void load_parameter(const void* data, int dtype, long long at, float otherwise, float (&out)[N]) {
+__device__ __forceinline__ void load_parameter(const void* data, int dtype, long long at, float otherwise,
+                                               float (&out)[N]) {
   if (data != nullptr) return load_columns<true>(data, dtype, at, out);
 #pragma unroll
   for (int c = 0; c < N; ++c) out[c] = otherwise;
@@ -106,8 +107,8 @@ struct Teams {
   int count() const { return threads / span; }
 };
 
-// For rows of `pieces`, up to kMostThreads * held, of which a thread holds `held`: `threads` for short rows, whose teams
-// lie within a warp and read 64 bytes side by side where the row has as many.
+// For rows of `pieces`, up to kMostThreads * held, of which a thread holds `held`: `threads` for short rows, whose
+// teams lie within a warp and read 64 bytes side by side where the row has as many.
 inline Teams teams_for(long long pieces, int held, int threads) {
   const long long needed = ceil_div(pieces, held);
   if (needed > 32) return {static_cast<int>(ceil_div(needed, 32) * 32), static_cast<int>(ceil_div(needed, 32) * 32)};
