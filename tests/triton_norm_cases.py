@@ -91,7 +91,8 @@ def small_tiles(monkeypatch, request):
     monkeypatch.setattr(triton_impl, "pick_columns", lambda *_: Tile(4, 16, 4, 64))
     monkeypatch.setattr(columns, "pick_sum", lambda N: columns.SumTile(4, 16))
     if request.param == "columns":
-        monkeypatch.setattr(triton_impl, "fits", lambda K, sums: False)
+        monkeypatch.setattr(triton_impl, "fits_forward", lambda K: False)
+        monkeypatch.setattr(triton_impl, "fits_backward", lambda K, sums: False)
         monkeypatch.setattr(triton_impl, "pick_forward", lambda K: Tile(2, 16, 4))
         monkeypatch.setattr(triton_impl, "LOOP_BLOCK", 2048 if not interpreted.INTERPRETED else 16)
     forget()

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared.columns import add_parts
 from .._shared.launch import Plan, cdiv, launch
 from . import reference
-from .configs import LOOP_BLOCK, STEPS, fits, pick_backward, pick_columns, pick_forward
+from .configs import LOOP_BLOCK, STEPS, fits_backward, fits_forward, pick_backward, pick_columns, pick_forward
 from .triton_backward import _norm_bwd_columns_kernel, _norm_bwd_rows_kernel, _norm_bwd_terms_kernel
 from .triton_forward import _norm_fwd_kernel, _norm_fwd_looped_kernel
 
@@ -41,7 +41,7 @@ def norm_fwd(
     plan = _forward_plan(M, K, residual is not None, weight is not None, bias is not None, rms, x.dtype, dtype)
     added = x if residual is None else residual
     inputs, outputs = (x, added, _row(weight, x), _row(bias, x)), (y, total, mean, rstd)
-    kernel = _norm_fwd_kernel if fits(K, 0) else _norm_fwd_looped_kernel
+    kernel = _norm_fwd_kernel if fits_forward(K) else _norm_fwd_looped_kernel
     launch(kernel, plan, inputs, outputs, (M, K, *x.stride(), *added.stride(), eps))
     return y, total, mean, rstd
 
@@ -77,7 +77,7 @@ def norm_bwd(
     (M, K), sums = dy.shape, need_dweight + need_dbias
     if not need_dx:
         dtotal = weight = None
-    by_rows = need_dx and fits(K, sums)
+    by_rows = need_dx and fits_backward(K, sums)
     flags = dtotal is not None, weight is not None, rms
     x, mean, rstd = (dy if one is None else one for one in (x, None if rms else mean, rstd))
     kinds = x.dtype, dy.dtype, dtype
@@ -127,7 +127,7 @@ def norm_bwd_workspace(
     needed, sums = (need_dx, need_dweight, need_dbias), need_dweight + need_dbias
     if dx_dtype not in _DTYPES or dy.numel() == 0 or not any(needed):
         return 0
-    (M, K), by_rows = dy.shape, need_dx and fits(dy.shape[1], sums)
+    (M, K), by_rows = dy.shape, need_dx and fits_backward(dy.shape[1], sums)
     kept = dy.dtype if x is None else x.dtype
     _, _, parts = _backward_plan(M, K, by_rows, False, False, rms, *needed, kept)
     held = 4 * parts * sums * K if parts > 1 else 0
