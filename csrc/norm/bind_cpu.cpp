@@ -34,7 +34,7 @@ Dtype dtype_of(const char* op, at::ScalarType type, const char* name) {
 }
 
 void check_matrix(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) > 0, op, ": ", name, " has shape ", t.sizes(),
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) > 0, op, ": ", name, " is ", t.scalar_type(), " ", t.sizes(),
                     "; expected two dimensions, [M, K], K at least 1");
 }
 
@@ -46,7 +46,8 @@ void check_like(const char* op, const char* name, const Tensor& t, at::IntArrayR
 void check_row(const char* op, const char* name, const Maybe& row, int64_t K) {
   if (!row) return;
   dtype_of(op, row->scalar_type(), name);
-  TORCH_CHECK_VALUE(row->dim() == 1 && row->size(0) == K, op, ": ", name, " has shape ", row->sizes(), "; expected [", K, "]");
+  TORCH_CHECK_VALUE(row->dim() == 1 && row->size(0) == K, op, ": ", name, " is ", row->scalar_type(), " ", row->sizes(),
+                    "; expected [", K, "]");
 }
 
 void check_dtype(const char* op, at::ScalarType dtype, at::ScalarType own) {

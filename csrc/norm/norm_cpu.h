@@ -154,8 +154,8 @@ struct Terms {
   Float of[sums];
 };
 
-// total[s] = the sum over a row of K columns of term(k, All or Some).of[s]. Error: chains of kRowChain terms in fp32 and a tree
-// of kRowStreams, 9 roundings, then fp64.
+// total[s] = the sum over a row of K columns of term(k, All or Some).of[s]. Error: chains of kRowChain terms in fp32 and a
+// tree of kRowStreams, 9 roundings, then fp64.
 constexpr int64_t kRowStreams = 4, kRowChain = 8;
 template <int sums, class Term>
 static inline void sum_along(int64_t K, double* total, Term term) {
@@ -198,7 +198,7 @@ static inline void sum_along(int64_t K, double* total, Term term) {
   }
 }
 
-// Rows of a matrix as rows whose elements lie side by side: where they are, or gathered into `copies`. Null if it is not there.
+// Rows of a matrix as rows whose elements lie side by side: where they are, or gathered into `copies`; null without a matrix.
 template <class T>
 struct Lines {
   const T* first = nullptr;
