@@ -1,4 +1,4 @@
-"""The C++ kernels of relu_fwd and act_bwd for every instruction set that is here, around their slots, tiles and blocks."""
+"""The C++ kernels of relu_fwd and act_bwd for every instruction set here, around their slots, tiles and blocks."""
 
 import act_checks as checks
 import bounds
@@ -54,7 +54,7 @@ def test_edges(isa, layout, activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_past_the_cache(isa, activation, dtype):
-    """Outputs so large that they are written around the cache are what their parts are; one begins where it cannot be."""
+    """Outputs so large that they are written around the cache, or would be if aligned, are as their parts are."""
     N = (16 << 20) // dtype.itemsize // 256
     for shape in ((257, N), (256, N + 1)):
         dy, z = pair(*shape, dtype, "cpu")

@@ -3,13 +3,12 @@
 //
 // Rows are cut into blocks by the matrix's shape alone, columns into tiles, threads take these tasks as they are free, and
 // the blocks' sums are added in their order: the same bits for every number of threads, with dz or without. Error of a sum:
-// a term takes kStreams rows' tree (1 rounding) and a chain of fp32 sums (kChain - 1), then fp64: 11 roundings at most.
+// a term takes kActStreams rows' tree (1 rounding) and a chain of fp32 sums (kChain - 1), then fp64: 11 at most.
 #include "act.h"
 
 #include <cmath>
 
-#include "../common/activations_cpu.h"
-#include "../common/column_sum_cpu.h"
+#include "act_slots_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -20,142 +19,6 @@ constexpr int64_t kTileCols = 4096, kFewestCols = 256;  // a chain of a tile (fp
 constexpr int64_t kRowBlocks = 32, kFewestRows = kActStreams * kChain;
 constexpr int64_t kTasks = 16;           // wanted at least, for threads to share
 constexpr int64_t kUncached = 16 << 20;  // bytes of an output from which on it goes past the cache
-
-// ---- storing ----
-
-#if defined(__AVX512F__)
-PK_INLINE static void store_line(void* p, Floats v, bool uncached) {
-  uncached ? _mm512_stream_ps(static_cast<float*>(p), (__m512)v) : _mm512_storeu_ps(p, (__m512)v);
-}
-#elif defined(__AVX2__)
-PK_INLINE static void store_line(void* p, Floats v, bool uncached) {
-  uncached ? _mm256_stream_ps(static_cast<float*>(p), (__m256)v) : _mm256_storeu_ps(static_cast<float*>(p), (__m256)v);
-}
-#else
-PK_INLINE static void store_line(void* p, Floats v, bool) { store(static_cast<float*>(p), v); }
-#endif
-
-static inline void finish_stores() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
-// To nearest, in the upper half of each word; the lower half is left over.
-PK_INLINE static Words bf16_bits(Floats v) {
-  const Words bits = (Words)v, rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  return v != v ? Words{} + 0x7FC00000u : rounded;
-}
-
-PK_INLINE static void store_rounded(float* p, Pair v, bool uncached) {
-  store_line(p, v.a, uncached);
-  store_line(p + kLanes, v.b, uncached);
-}
-
-// Of numbers that bf16 holds: nothing is rounded, and no subnormal flushed.
-PK_INLINE static void store_exact(bf16* p, Pair v, bool uncached) {
-  store_line(p, (Floats)((Words)v.a >> 16 | ((Words)v.b & 0xFFFF0000u)), uncached);
-}
-
-PK_INLINE static void store_rounded(bf16* p, Pair v, bool uncached) {
-#if defined(__AVX512BF16__)
-  // The first vector's numbers lie in the lower half; even and odd columns change places with halves.
-  const __m512i order = _mm512_inserti64x4(_mm512_castsi256_si512(
-      _mm256_setr_epi16(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)),
-      _mm256_setr_epi16(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), 1);
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
-  store_line(p, (Floats)_mm512_permutexvar_epi16(order, halves), uncached);
-#else
-  store_line(p, (Floats)(bf16_bits(v.a) >> 16 | (bf16_bits(v.b) & 0xFFFF0000u)), uncached);
-#endif
-}
-
-PK_INLINE static void store_rounded(f16* p, Pair v, [[maybe_unused]] bool uncached) {
-#if defined(__AVX512F__)
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m256i a = _mm512_cvtps_ph((__m512)v.a, nearest), b = _mm512_cvtps_ph((__m512)v.b, nearest);
-  store_line(p, (Floats)_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1), uncached);
-#elif defined(__F16C__)
-  const __m128i a = _mm256_cvtps_ph((__m256)v.a, _MM_FROUND_TO_NEAREST_INT);
-  const __m128i b = _mm256_cvtps_ph((__m256)v.b, _MM_FROUND_TO_NEAREST_INT);
-  store_line(p, (Floats)_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1), uncached);
-#else
-  float wide[kSlot];
-  store_pair(wide, v);
-  convert(p, wide, kSlot);
-#endif
-}
-
-PK_INLINE static void store_exact(float* p, Pair v, bool uncached) { store_rounded(p, v, uncached); }
-PK_INLINE static void store_exact(f16* p, Pair v, bool uncached) { store_rounded(p, v, uncached); }
-
-template <bool bits, class T>
-PK_INLINE static void store_product(T* p, Pair v, bool uncached) {
-  bits ? store_exact(p, v, uncached) : store_rounded(p, v, uncached);
-}
-
-// A product that no sum takes in before its rounding, as contraction would where dz is not needed: the sums are the same
-// with dz and without.
-PK_INLINE static Floats rounded_product(Floats a, Floats b) {
-  Floats product = a * b;
-#if defined(__AVX512F__)
-  asm("" : "+v"(product));
-#elif defined(__x86_64__)
-  asm("" : "+x"(product));
-#elif defined(__aarch64__)
-  asm("" : "+w"(product));
-#endif
-  return product;
-}
-
-// ---- what an activation makes of a slot: the products, exact to fp32; `kept` is z or the bits of its columns ----
-
-template <class T>
-constexpr bool kShort = sizeof(T) == 2;
-
-struct Relu {
-  static constexpr bool bits = true;
-  template <class T>
-  PK_INLINE static Pair product(const T* dy, const uint8_t* kept) {
-    uint32_t word = 0;
-    memcpy(&word, kept, kSlot / 8);
-    Words of_a, of_b;
-    PK_UNROLL
-    for (int64_t i = 0; i < kSlot; ++i) {
-      const int64_t place = SlotOrder<T>::place(i);
-      (place < kLanes ? of_a : of_b)[place % kLanes] = 1u << i;
-    }
-    const Pair g = load_pair(dy);
-    return {((of_a & word) != 0) ? g.a : Floats{}, ((of_b & word) != 0) ? g.b : Floats{}};
-  }
-};
-
-struct Gelu {
-  static constexpr bool bits = false;
-  template <class T>
-  PK_INLINE static Pair product(const T* dy, const uint8_t* kept) {
-    const Pair g = load_pair(dy), z = load_pair(reinterpret_cast<const T*>(kept));
-    return {rounded_product(g.a, gelu_derivative<kShort<T>>(z.a)), rounded_product(g.b, gelu_derivative<kShort<T>>(z.b))};
-  }
-};
-
-struct GeluTanh {
-  static constexpr bool bits = false;
-  template <class T>
-  PK_INLINE static Pair product(const T* dy, const uint8_t* kept) {
-    const Pair g = load_pair(dy), z = load_pair(reinterpret_cast<const T*>(kept));
-    return {rounded_product(g.a, gelu_tanh_derivative(z.a)), rounded_product(g.b, gelu_tanh_derivative(z.b))};
-  }
-};
-
-struct Silu {
-  static constexpr bool bits = false;
-  template <class T>
-  PK_INLINE static Pair product(const T* dy, const uint8_t* kept) {
-    const Pair g = load_pair(dy), z = load_pair(reinterpret_cast<const T*>(kept));
-    return {rounded_product(g.a, silu_derivative(z.a)), rounded_product(g.b, silu_derivative(z.b))};
-  }
-};
 
 // ---- a pass over rows ----
 
@@ -296,8 +159,8 @@ void step(const Matrix<T, Act>& w, const Pass<T, Act>& pass, int64_t row, int64_
           const Scratch<T>& own, bool first) {
   using Rows = Pass<T, Act>;
   const auto start = Rows::rows_on(w.origin, w.next * row);
-  if (w.unit_columns()) return pass.template row<streams>(Rows::columns_on(start, col), w.next * apart, columns, own.chain, first);
   auto at = Rows::columns_on(start, col);
+  if (w.unit_columns()) return pass.template row<streams>(at, w.next * apart, columns, own.chain, first);
   Apart between = w.next * apart;
   for (int64_t s = 0; s < streams; ++s) {
     gather(own.dy + s * own.size, start.dy + s * between.dy + col * w.f.dy_col, w.f.dy_col, columns);
@@ -327,22 +190,29 @@ void run_task(const Matrix<T, Act>& w, const Pass<T, Act>& pass, int64_t task, c
   if (pass.with_sums && rest < rows) fold(own.chain, size, total, rest == 0);
 }
 
-// columns [w.cols]: the sums; not written where they are not asked for.
+// What a matrix's pass needs: the blocks' sums, and each thread's own.
 template <class T, class Act>
-void run_matrix(const Matrix<T, Act>& w, double* columns) {
-  const Pass<T, Act> pass{w.f.dz != nullptr, columns != nullptr, w.uncached()};
-  const int threads = static_cast<int>(min64(w.f.threads, w.tasks()));
-  const int64_t parts_size = pass.with_sums ? w.blocks * w.stride() : 0;
-  Arena sizes{nullptr};
-  sizes.take<double>(parts_size);
-  const int64_t shared = sizes.used;
-  Arena own_sizes{nullptr};
-  const Scratch<T> measured(own_sizes, !w.unit_columns());
-  Workspace space(shared + threads * own_sizes.used);
-  double* parts = static_cast<double*>(space.memory);
-#pragma omp parallel num_threads(threads)
+struct Memory {
+  int threads;
+  int64_t parts, own;  // bytes
+  Memory(const Matrix<T, Act>& w) : threads(static_cast<int>(min64(w.f.threads, w.tasks()))) {
+    Arena shared{nullptr}, per_thread{nullptr};
+    shared.take<double>(w.f.dbias ? w.blocks * w.stride() : 0);
+    const Scratch<T> measured(per_thread, !w.unit_columns());
+    parts = shared.used, own = per_thread.used;
+  }
+  int64_t bytes() const { return parts + threads * own; }
+};
+
+// columns [w.cols]: the sums; not written where they are not asked for. memory: Memory(w).bytes().
+template <class T, class Act>
+void run_matrix(const Matrix<T, Act>& w, double* columns, char* memory) {
+  const Pass<T, Act> pass{w.f.dz != nullptr, w.f.dbias != nullptr, w.uncached()};
+  const Memory<T, Act> sizes(w);
+  double* parts = reinterpret_cast<double*>(memory);
+#pragma omp parallel num_threads(sizes.threads)
   {
-    Arena arena{static_cast<char*>(space.memory) + shared + thread_id() * own_sizes.used};
+    Arena arena{memory + sizes.parts + thread_id() * sizes.own};
     const Scratch<T> own(arena, !w.unit_columns());
 #pragma omp for schedule(dynamic) nowait
     for (int64_t task = 0; task < w.tasks(); ++task) run_task(w, pass, task, own, parts);
@@ -366,11 +236,14 @@ void run_bwd(const ActBwd& f) {
                                   (Act::bits ? f.N % 8 == 0 && f.kept_row == f.N / 8
                                              : f.kept_row == f.N && (f.kept_col == 1 || f.N == 1)));
   const int64_t group = dense && f.N < kTileCols ? min64(f.M, kTileCols / f.N) : 1;
-  const int64_t wide = f.M / group, rest = f.M % group;
-  Workspace space(f.dbias ? (group + rest + 1) * f.N * sizeof(double) : 0);
-  double *sums = static_cast<double*>(space.memory), *of_rest = sums + group * f.N, *total = of_rest + rest * f.N;
-  run_matrix(Matrix<T, Act>(f, 0, wide, group), f.dbias ? sums : nullptr);
-  if (rest > 0) run_matrix(Matrix<T, Act>(f, wide * group, 1, rest), f.dbias ? of_rest : nullptr);
+  const int64_t rest = f.M % group;
+  const Matrix<T, Act> wide(f, 0, f.M / group, group), last(f, f.M - rest, 1, rest > 0 ? rest : 1);
+  const int64_t passes = round_up(Memory(wide).bytes() + (rest > 0 ? Memory(last).bytes() : 0), 64);
+  Workspace space(passes + (f.dbias ? (group + rest + 1) * f.N * sizeof(double) : 0));
+  char* memory = static_cast<char*>(space.memory);
+  double *sums = reinterpret_cast<double*>(memory + passes), *of_rest = sums + group * f.N, *total = of_rest + rest * f.N;
+  run_matrix(wide, sums, memory);
+  if (rest > 0) run_matrix(last, of_rest, memory);
   if (!f.dbias) return;
   if (group == 1) return write_as(f.out_dtype, f.dbias, 0, sums, f.N);
   for (int64_t n = 0; n < f.N; ++n) total[n] = 0;
@@ -496,8 +369,8 @@ void run_relu(const ReluFwd& f) {
     for (int64_t task = 0; task < blocks * parts; ++task) {
       const int64_t n = task % parts * run, first = task / parts * rows;
       for (int64_t m = first; m < min64(first + rows, M); ++m)
-        relu_part(z + m * f.row + n * f.col, unit ? 1 : f.col, y + m * N + n, f.mask + m * mask_row + n / 8, min64(run, N - n),
-                  uncached);
+        relu_part(z + m * f.row + n * f.col, unit ? 1 : f.col, y + m * N + n, f.mask + m * mask_row + n / 8,
+                  min64(run, N - n), uncached);
     }
     if (uncached) finish_stores();
   }
