@@ -27,19 +27,24 @@ WANTED = {
 """Opcodes that the code must hold: the matrix instructions meant, TMA for what is large, wide accesses for the rest."""
 
 WANTED_GENERAL = {
+    "act.cu": ("LDG.E.128", "STG.E.128"),
     "bias_grad.cu": ("LDG.E.128",),
     "norm_fwd.cu": ("LDG.E.EF.128", "STG.E.128", "MUFU.RSQ"),
     "norm_bwd.cu": ("LDG.E.EF.128", "STG.E.128"),
     "probe.cu": ("HMMA.16816.F32.BF16",),
 }
 
+_ACT = {"WideActRows": 128, "WideReluRows": 128, "AnyActRows": 80, "AnyReluRows": 80, "AnyRows": 48}
+_ACT |= {"8WideReluI": 128, "7AnyReluI": 128}
+
 MOST_REGISTERS = {
+    "act.cu": _ACT,
     "bias_grad.cu": {"WideRows": 80, "AnyRows": 48},
     "norm_fwd.cu": {"held_kernel": 80, "looped_kernel": 64},
     "norm_bwd.cu": {"rows_kernel": 128, "looped_kernel": 64, "parts_kernel": 48},
     "probe.cu": {"kernel": 64},
 }
-"""By a part of the kernel's name: what its launch bounds leave a thread (bias_grad: 256 threads, 3 or 5 blocks)."""
+"""By a part of the kernel's name: what its launch bounds leave a thread (act, bias_grad: 256 threads, 2-5 blocks)."""
 
 
 def compiled(source: Path, out: Path, arch: str = "90a") -> str:
@@ -125,6 +130,17 @@ def check_norm(sass: str) -> None:
         assert narrow <= allowed, f"{narrow} stores of less than 16 bytes in {name}"
 
 
+def check_act(sass: str) -> None:
+    """Both operands of four rows on their way before anything is added, and no dz in pieces."""
+    kernels = [kernel for kernel in sass.split("Function : ")[1:] if "Wide" in kernel.partition("\n")[0]]
+    assert len(kernels) == 3 * (4 + 4 + 1)
+    for kernel in kernels:
+        name = kernel.partition("\n")[0]
+        operands = 1 if "WideRelu" in name else 2
+        assert len(re.findall(r"\bLDG\.E\.128", kernel)) >= 4 * operands, name
+        assert len(re.findall(r"\bSTG\.E\.128", kernel)) >= 4, name
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", GENERAL, ids=lambda path: path.name)
 def test_general_kernels(source, arch, tmp_path):
@@ -140,6 +156,8 @@ def test_general_kernels(source, arch, tmp_path):
         check_bias_grad(sass)
     if source.name.startswith("norm"):
         check_norm(sass)
+    if source.name == "act.cu":
+        check_act(sass)
 
 
 def test_loads_in_flight_are_counted():

@@ -28,7 +28,7 @@ FAULTS = {
         "out[0] = __uint_as_float(word);",
     ),
     "tail rows dropped": ("csrc/common/column_sum.cuh", "if (row < end) sum_batch", "if (row < 0) sum_batch"),
-    "tail not guarded": ("csrc/common/column_sum.cuh", "if (Full || row + i * step < end) raw", "raw"),
+    "tail not guarded": ("csrc/common/column_sum.cuh", "if (Full || row + (part + i) * step < end) raw", "raw"),
     "compensation lost": ("csrc/common/column_sum.cuh", "__fadd_rn(sum.lo, s.lo))", "0.0f)"),
     "compensation lost in the tree": (
         "csrc/common/column_sum.cuh",

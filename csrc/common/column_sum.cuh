@@ -1,4 +1,4 @@
-// Column sums of M rows: a row pass with eight loads in flight per thread, sums that stay exact to a few roundings for any
+// Column sums of M rows: a row pass with several loads in flight per thread, sums that stay exact to a few roundings for any
 // M, and a tree over the threads of a block. Deterministic: the order of additions depends on sizes, strides, alignment
 // and the number of blocks that the GPU runs at once.
 //
@@ -49,7 +49,7 @@ __device__ __forceinline__ void add(TwoFloat& sum, TwoFloat y) {
   sum = renormalized(s.hi, __fadd_rn(__fadd_rn(sum.lo, y.lo), s.lo));
 }
 
-constexpr int kBatch = 8;                   // loads in flight per thread
+constexpr int kBatch = 8;                   // rows that a thread adds up before the next
 constexpr long long kMostRows = 1ll << 27;  // that one thread may sum
 constexpr int kSumThreads = 256;
 
@@ -58,19 +58,24 @@ constexpr int kSumThreads = 256;
 template <int Chain, bool Full, typename Rows>
 __device__ __forceinline__ void sum_batch(const Rows& rows, long long row, long long end, long long step,
                                           long long column, TwoFloat (&sum)[Rows::kColumns]) {
-  typename Rows::Raw raw[kBatch];
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i)
-    if (Full || row + i * step < end) raw[i] = rows.load(row + i * step, column);
+  static_assert(kBatch % Rows::kInFlight == 0, "a batch is loaded in equal parts");
   float chain[Rows::kColumns];
+#pragma unroll 1  // or the loads of all parts are hoisted, and registers run out
+  for (int part = 0; part < kBatch; part += Rows::kInFlight) {
+    typename Rows::Raw raw[Rows::kInFlight];
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    float values[Rows::kColumns] = {};
-    if (Full || row + i * step < end) rows.values(raw[i], row + i * step, column, values);
+    for (int i = 0; i < Rows::kInFlight; ++i)
+      if (Full || row + (part + i) * step < end) raw[i] = rows.load(row + (part + i) * step, column);
 #pragma unroll
-    for (int c = 0; c < Rows::kColumns; ++c) {
-      chain[c] = i % Chain == 0 ? values[c] : __fadd_rn(chain[c], values[c]);
-      if (i % Chain == Chain - 1) add(sum[c], chain[c]);
+    for (int i = 0; i < Rows::kInFlight; ++i) {
+      const int at = part + i;
+      float values[Rows::kColumns] = {};
+      if (Full || row + at * step < end) rows.values(raw[i], row + at * step, column, values);
+#pragma unroll
+      for (int c = 0; c < Rows::kColumns; ++c) {
+        chain[c] = at % Chain == 0 ? values[c] : __fadd_rn(chain[c], values[c]);
+        if (at % Chain == Chain - 1) add(sum[c], chain[c]);
+      }
     }
   }
 }

@@ -25,6 +25,18 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return dynamic_shared_bytes;
 }
 
+// 2^x to 2 ulp and 1 / x to 1 ulp, by the special function unit; what is below the smallest normal number is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // kernel<<<grid, block, dynamic_bytes, stream>>>(arguments...), with this launch's own error, not an earlier one's.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream,

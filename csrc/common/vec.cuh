@@ -64,14 +64,14 @@ __device__ __forceinline__ void store_16(void* p, const uint4& bits) { __stwb(st
 
 // ---- loaders: what a row pass reads, in `Raw` while the bytes are on their way and as kColumns floats after ----
 // A fused pass brings its own: `load` reads every operand at (row, column), `values` makes the terms of the sum and may
-// store other results there; it is called once for every row and column that exists. kBlocksPerSm: how many blocks of 256
-// threads with eight loads in flight the registers of an SM hold.
+// store other results there; it is called once for every row and column that exists. kInFlight, a divisor of 8: rows loaded
+// before the first is used. kBlocksPerSm: how many blocks of 256 threads the registers of an SM hold then.
 
 // Rows of unit column stride, each on 16 bytes, the number of columns a multiple of kColumns.
 template <typename T>
 struct WideRows {
   using Raw = uint4;
-  static constexpr int kColumns = kWide<T>, kBlocksPerSm = 3;
+  static constexpr int kColumns = kWide<T>, kInFlight = 8, kBlocksPerSm = 3;
   const T* data;
   long long row_stride;
 
@@ -87,7 +87,7 @@ struct WideRows {
 template <typename T>
 struct AnyRows {
   using Raw = T;
-  static constexpr int kColumns = 1, kBlocksPerSm = 5;
+  static constexpr int kColumns = 1, kInFlight = 8, kBlocksPerSm = 5;
   const T* data;
   long long row_stride, column_stride;
 

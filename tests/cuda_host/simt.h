@@ -168,7 +168,7 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
-// ---- csrc/common/device.cuh's three names ----
+// ---- csrc/common/device.cuh's own names ----
 
 namespace peft_kernels {
 
@@ -179,6 +179,12 @@ T& shared() {
 }
 
 inline unsigned char* dynamic_shared() { return static_cast<unsigned char*>(simt::dynamic_shared()); }
+
+inline float exp2_approx(float x) {
+  const float result = std::exp2(x);
+  return result < FLT_MIN ? 0.0f : result;
+}
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
