@@ -98,13 +98,14 @@ gpu: $(VENV)/.gpu
 	$(PY) -m benchmarks.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out $(OUT)) $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(TUNE),--tune) $(ARGS)
 
-# Every kind of kernel once: plain, masked, several tiles and row parts, ranks on both sides of 32.
-SANITIZED := 16_bytes and round_trip and (2100 or r64)
+# Every kind of kernel once. The LoRA linear's: plain, masked, several tiles and row parts, ranks on both sides of 32.
+SANITIZED := (16_bytes and round_trip and (2100 or r64)) or check_layouts or check_sizes
 
 sanitize: $(VENV)/.gpu
 	$(PIP) install --no-build-isolation --no-index --no-deps -e .
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(PY) -m pytest -q -x -p benchmarks.device_tests \
-	  --implementation 'op[cuda]' tests/test_lora_linear.py -k "$(SANITIZED)" $(ARGS)
+	  --implementation 'op[cuda]' tests/test_lora_linear.py tests/test_bias_grad.py tests/test_bias_act.py tests/test_norm.py \
+	  -k "$(SANITIZED)" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info peft_kernels/*.so peft_kernels/_build.json .pytest_cache .ruff_cache

@@ -100,12 +100,16 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
 
 def _memory_steps(device: str, work: Path) -> list[Step]:
     """What vram.py predicts beside what the device's allocator gives; the pictures of all that was measured."""
-    asked = {"minilm-l6": ("--batch", "2", "--seq", "16", "--dtype", "fp32")}
+    lora, bitfit = ("lora", "peft-lora"), ("bitfit", "torch-bitfit")
+    asked = {"minilm-l6": ((*lora, *bitfit, "full"), ("--batch", "2", "--seq", "16", "--dtype", "fp32"))}
     if device == "cuda":
-        asked = {"smollm2-135m": ("--batch", "8", "--seq", "1024"), "llama-3-8b": ("--batch", "1", "--seq", "2048")}
+        asked = {
+            "smollm2-135m": ((*lora, "full"), ("--batch", "8", "--seq", "1024")),
+            "llama-3-8b": (lora, ("--batch", "1", "--seq", "2048")),
+            "bert-large": ((*bitfit, "lora"), ("--batch", "32", "--seq", "128")),
+        }
     found = []
-    for model, sizes in asked.items():
-        methods = ("lora", "peft-lora") + ("full",) * (model != "llama-3-8b")
+    for model, (methods, sizes) in asked.items():
         command = (_PY, "-m", "benchmarks.vram", "--model", model, "--method", *methods, *sizes)
         command += ("--measure", device, "--within", "1", "--csv", str(work / f"memory_{model}.csv"))
         found.append(Step(f"memory {model}", command, 90, stops=()))

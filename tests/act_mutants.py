@@ -1,4 +1,4 @@
-"""Planted faults of relu_fwd and act_bwd: each must turn a check red (test_act_mutation.py)."""
+"""Planted faults of relu_fwd and act_bwd: each must turn a check red (test_bias_act_mutation.py)."""
 
 import math
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The Triton activation pass's value tests: on a GPU, or on CPU tensors under Triton's interpreter.
 
-test_act_triton.py runs them, in a process of their own where there is no GPU.
+test_bias_act_triton.py runs them, in a process of their own where there is no GPU.
 """
 
 import act_checks as checks
