@@ -66,6 +66,10 @@ inline void group_backward(const NormBwd& f, const Group<T, D>& g, const Chain* 
     Float grad[rows], product[rows];
     PK_UNROLL
     for (int r = 0; r < rows; ++r) {
+      if (f.dx) {  // the next rows: memory would else rest until the sums along them begin
+        __builtin_prefetch(x[r] + rows * g.x.apart + k);
+        __builtin_prefetch(dy[r] + rows * g.dy.apart + k);
+      }
       const Float xhat = (get(x[r] + k, n) - mean[r]) * rstd[r];
       grad[r] = get(dy[r] + k, n);
       product[r] = grad[r] * xhat;

@@ -1,7 +1,8 @@
 // The forward of LayerNorm and RMSNorm on a CPU. This file is compiled once per instruction set (PK_ISA).
 //
 // What bounds it is one read of x (and residual) and one write of y (and total). A few rows are taken together: each pass over
-// them finds them in the cache nearest to the core, and the sums along one row end while those of the next go on. Rows know
+// them finds them in the cache nearest to the core, and the sums along one row end while those of the next go on. The last pass
+// asks for the next rows, as memory would else rest: measured on a Zen 5, 4.2 -> 3.2 ms for [8192, 4096] of bf16. Rows know
 // nothing of each other, so the number of threads changes nothing.
 #include <math.h>
 
@@ -56,9 +57,12 @@ inline void group_forward(const NormFwd& f, int64_t m, int64_t rows, Lines<T> x,
   }
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = source[r];
+    const T *next_x = x[r + rows], *next_residual = total ? residual[r + rows] : next_x;
     const float centre = mean[r], scale = rstd[r];
     Y* y = static_cast<Y*>(f.y) + (m + r) * K;
     along(K, [=](int64_t k, auto n) {
+      __builtin_prefetch(next_x + k);
+      if (total) __builtin_prefetch(next_residual + k);
       set(y + k, (get(row + k, n) - centre) * scale * get(weight + k, n) + get(bias + k, n), n, way);
     });
   }
