@@ -87,10 +87,14 @@ struct Pass {
   template <bool DZ, bool Sums, int streams>
   static void row_of(At at, Apart apart, int64_t columns, float* chain, bool first, bool uncached) {
     const int64_t full = columns / kSlot * kSlot;
-    for (int64_t n = 0; n < full; n += kSlot) {
-      const Pair sum = slot<DZ, streams>(columns_on(at, n), apart, uncached);
-      if constexpr (Sums) store_pair(chain + n, first ? sum : load_pair(chain + n) + sum);
-    }
+    if (!Sums || first)
+      for (int64_t n = 0; n < full; n += kSlot) {
+        const Pair sum = slot<DZ, streams>(columns_on(at, n), apart, uncached);
+        if constexpr (Sums) store_pair(chain + n, sum);
+      }
+    else
+      for (int64_t n = 0; n < full; n += kSlot)
+        store_pair(chain + n, load_pair(chain + n) + slot<DZ, streams>(columns_on(at, n), apart, uncached));
     if (full == columns) return;
     const Pair sum = short_slot<DZ, streams>(columns_on(at, full), apart, columns - full);
     if constexpr (Sums) store_pair(chain + full, first ? sum : load_pair(chain + full) + sum);
