@@ -110,9 +110,8 @@ class ReadsWeight(Mlp):
 
 
 class Optional(Mlp):
-    def forward(self, x, residual=None):
-        y = self.up(x)
-        return self.down(self.act(y) if residual is not None else y)
+    def forward(self, x, residual=0):
+        return self.down(self.act(self.up(x))) + residual
 
 
 class Branching(Mlp):
@@ -132,18 +131,33 @@ class Remembers(Mlp):
         return self.down(self.act(self.last))
 
 
+class Collects(Mlp):
+    def forward(self, x):
+        seen.append(self.up(x))
+        return self.down(self.act(self.up(x)))
+
+
+class Unpacks(Mlp):
+    def forward(self, x):
+        a, b, c, d, e, f = self.act(self.up(x))
+        return self.down(a + b + c + d + e + f)
+
+
+seen: list = []
 CASES = {
     Mlp: ({"up": "silu"}, None),
     SharedSlot: ({"up": "silu", "down": "silu"}, None),
-    Remembers: ({"up": "silu"}, None),
     Branches: ({}, None),
     SlotElsewhere: ({}, None),
     TwiceWithout: ({}, None),
     Between: ({}, None),
-    ReadsWeight: ({}, None),
+    ReadsWeight: ({}, "has a call of `nn.functional.linear`, which is no module of the parent's"),
     Optional: ({}, "takes more than one argument"),
-    Branching: ({}, "cannot be traced: TraceError"),
-    OtherInTraining: ({}, "is another one in training"),
+    Branching: ({}, "has a conditional expression"),
+    OtherInTraining: ({}, "has a conditional expression"),
+    Remembers: ({}, "has an assignment to more than a local variable"),
+    Collects: ({}, "has a statement that only calls something"),
+    Unpacks: ({"up": "silu"}, None),
 }
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..nn.dispatch import replaced_forward
 from ..nn.hooks import has_hooks
+from .plain_forward import not_plain
 
 _TORCH = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _TRANSFORMERS = {
@@ -19,20 +20,6 @@ _TRANSFORMERS = {
     "PytorchGELUTanh": "gelu_tanh",
     "SiLUActivation": "silu",
 }
-
-# What running a forward on fx's proxies may raise: it is the model's code, met with what is not a tensor.
-_UNTRACEABLE = (
-    fx.proxy.TraceError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    NameError,
-    ImportError,
-)
 
 
 class Fusion(NamedTuple):
@@ -77,6 +64,9 @@ def _untraced(parent: nn.Module) -> str | None:
     """Why a trace would not tell what the parent computes."""
     if replaced_forward(parent, type(parent)):
         return "its parent's forward was replaced"
+    reason = not_plain(parent)
+    if reason is not None:
+        return f"its parent's {reason}"
     parameters = list(inspect.signature(type(parent).forward).parameters.values())[1:]
     single = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY
     if len(parameters) != 1 or parameters[0].kind not in single:
@@ -84,13 +74,12 @@ def _untraced(parent: nn.Module) -> str | None:
     return None
 
 
-def _trace(parent: nn.Module, training: bool) -> fx.Graph:
-    """Of a shell with the parent's class and children, so that what the forward may set is not set on the parent."""
+def _trace(parent: nn.Module) -> fx.Graph:
+    """Of a shell with the parent's class and children, so that what fx sets is not set on the parent."""
     shell = object.__new__(type(parent))
     vars(shell).update(vars(parent))
     for store in ("_modules", "_parameters", "_buffers"):
         vars(shell)[store] = dict(vars(parent)[store])
-    vars(shell)["training"] = training
     return _Tracer().trace(shell)
 
 
@@ -131,13 +120,10 @@ def _of_parent(parent: nn.Module, linears: list[str], slots: dict[str, str]) -> 
     if reason is not None:
         return {}, reason
     try:
-        training, evaluating = (_pairs(_trace(parent, mode), linears, slots) for mode in (True, False))
-    except _UNTRACEABLE as error:
+        return _pairs(_trace(parent), linears, slots), None
+    except Exception as error:  # it is the model's own code, met with what is not a tensor: it may raise anything
         first = (str(error).splitlines() or [""])[0]
         return {}, f"its parent's forward cannot be traced: {type(error).__name__}: {first}"
-    if training != evaluating:
-        return {}, "its parent's forward is another one in training"
-    return training, None
 
 
 def _held_apart(
@@ -154,8 +140,8 @@ def _held_apart(
 def find_fusions(model: nn.Module, linears: dict[str, nn.Module]) -> tuple[list[Fusion], dict[str, str]]:
     """(what can be fused, linear -> why the activation beside it cannot be) for layers of the model by name.
 
-    A linear is fused where its parent's forward, in training and in eval mode, gives its output to an activation
-    module of the parent's and to nothing else. Calls from elsewhere than the parent's forward are not looked for.
+    A linear is fused where its parent's forward gives its output to an activation module of the parent's and to nothing
+    else, and has no branch or side effect (`plain_forward`). Calls from elsewhere than it are not looked for.
     """
     fusions, reasons, places = [], {}, _holders(model)
     by_parent: dict[str, dict[str, nn.Module]] = {}

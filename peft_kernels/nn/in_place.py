@@ -18,13 +18,18 @@ def _conv1d() -> type[nn.Module]:
     return importlib.import_module(".bias_conv1d", __package__).BiasConv1D
 
 
+def _runs(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """A subclass may have a forward of its own, which may compute something else."""
+    return isinstance(module, cls) and type(module).forward is cls.forward
+
+
 def is_bias_linear(module: nn.Module) -> bool:
-    """A layer of ours with an attribute `activation`: BiasLinear, or the same over Conv1D."""
-    return isinstance(module, BiasLinear) or (conv1d_class(module) is not None and isinstance(module, _conv1d()))
+    """A layer that runs our forward and has an attribute `activation`: BiasLinear, or the same over Conv1D."""
+    return _runs(module, BiasLinear) or (conv1d_class(module) is not None and _runs(module, _conv1d()))
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _NORMS)
+    return any(_runs(module, cls) for cls in _NORMS)
 
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
