@@ -102,7 +102,7 @@ WRONG = {
     "activation is 'tanh'": lambda dy, z: (dy, z, "tanh", True, True, dy.dtype),
     "dy has shape": lambda dy, z: (dy[0], z, "gelu", True, True, dy.dtype),
     "kept has shape": lambda dy, z: (dy, z[1:], "gelu", True, True, dy.dtype),
-    "the mask for relu": lambda dy, z: (dy, z, "relu", True, True, dy.dtype),
+    "the mask of dy": lambda dy, z: (dy, z, "relu", True, True, dy.dtype),
     "kept is": lambda dy, z: (dy, z.double(), "silu", True, True, dy.dtype),
     "dtype is": lambda dy, z: (dy, z, "silu", True, True, torch.float16),
     "dy is": lambda dy, z: (dy.long(), z.long(), "silu", True, True, torch.float32),

@@ -73,13 +73,14 @@ Activation activation_of(c10::string_view name) {
   TORCH_CHECK_VALUE(false, "act_bwd: activation is '", name, "'; expected one of relu, gelu, gelu_tanh, silu");
 }
 
-void check_kept(const Tensor& dy, const Tensor& kept, bool relu) {
-  const char* what = relu ? "the mask for relu" : "z";
+void check_kept(const Tensor& dy, const Tensor& kept, c10::string_view activation) {
+  const bool relu = activation == "relu";
+  const char* what = relu ? "the mask" : "z";
   const int64_t M = dy.size(0), N = dy.size(1), columns = relu ? (N + 7) / 8 : N;
   const at::ScalarType type = relu ? at::kByte : dy.scalar_type();
   TORCH_CHECK(kept.dim() == 2 && kept.size(0) == M && kept.size(1) == columns, "act_bwd: kept has shape ", kept.sizes(),
               "; expected [", M, ", ", columns, "], ", what, " of dy [", M, ", ", N, "]");
-  TORCH_CHECK(kept.scalar_type() == type, "act_bwd: kept is ", kept.scalar_type(), "; expected ", type, ", ", what);
+  TORCH_CHECK(kept.scalar_type() == type, "act_bwd: kept is ", kept.scalar_type(), "; expected ", type, ", ", what, " for ", activation);
   TORCH_CHECK(kept.device() == dy.device(), "act_bwd: kept is on ", kept.device(), "; expected ", dy.device(), ", as dy");
 }
 
@@ -91,7 +92,7 @@ std::tuple<Tensor, Tensor> act_bwd(const Tensor& dy, const Tensor& kept_as_given
   f.dtype = dtype_of(dy.scalar_type(), "act_bwd", "dy"), f.out_dtype = dtype_of(dtype, "act_bwd", "dtype");
   check_sums("act_bwd", dy, dtype);
   const bool relu = f.activation == Activation::relu, sums_of_dz = f.dtype == Dtype::f64 && need_dbias;
-  check_kept(dy, kept_as_given, relu);
+  check_kept(dy, kept_as_given, activation);
   const Tensor kept = relu ? kept_as_given.contiguous() : kept_as_given;
   f.M = dy.size(0), f.N = dy.size(1), f.dy_row = dy.stride(0), f.dy_col = dy.stride(1);
   f.kept_row = kept.stride(0), f.kept_col = kept.stride(1);
