@@ -1,15 +1,18 @@
 """BitFit's part of save_adapter and load_adapter: keys `base_model.model.<bias>`, as HF PEFT stores bias="all"."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..methods.adapters import configs, register, set_adapter, trainable_copies
+from ..methods.adapters import biases_to, configs, register, set_adapter, trainable_copies
 from ..methods.bias_adapter import bias_adapter
 from ..methods.bitfit import carry_out_biases, plan_biases
 from ..methods.bitfit_config import BitFitConfig
 from .files import PREFIX, of_copies
+
+_CHOOSING = ("target_terms", "exclude_terms", "modules_to_save", "task_type")  # of a config: what is in its files
 
 
 def _contents(biases: dict[str, Tensor], copies: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -42,8 +45,9 @@ def to_load(
         copies = {name: module for name, (_, module) in plan.copies.items()}
         return _contents(biases, copies), copies, lambda: carry_out_biases(model, plan)
 
-    adapter, copies = bias_adapter(model), _copies(model, adapter_name)
-    adapter.refuse_withdrawn("load an adapter")
+    adapter, copies, present = biases_to(model, "load an adapter"), _copies(model, adapter_name), configs(model)
+    # What the file holds fits what is there (`check_contents`), by whatever terms: those that chose it stay.
+    config = replace(config, **{field: getattr(present[adapter_name], field) for field in _CHOOSING})
 
     def overwrite() -> None:
         register(model, adapter_name, config)

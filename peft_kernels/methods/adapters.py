@@ -53,8 +53,15 @@ def check_known(model: nn.Module, names: list[str]) -> None:
 
 
 def biases_to(model: nn.Module, what: str) -> BiasAdapter | None:
-    """The model's BitFit adapter, None where it has none; RuntimeError while it is disabled."""
+    """The model's BitFit adapter, None where it has none; RuntimeError while it is disabled.
+
+    In a copy of the model made inside a `disable_adapter` block, no block will put the trained biases back: this does.
+    """
     biases = bias_adapter(model)
+    if biases is not None and biases.withdrawn and not biases.held:
+        biases.reinstate(model)
+        for _, wrapper in trainable_copies(model):
+            wrapper.disabled = False
     if biases is not None:
         biases.refuse_withdrawn(what)
     return biases

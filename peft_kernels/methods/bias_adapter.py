@@ -4,12 +4,14 @@ The biases are the model's own Parameters. Beside them stand copies of what they
 what was changed so that they train through our kernels: classes of layers, and activations that a linear computes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..nn.in_place import change_class
 from .activations import Fusion
+from .bias_values import ASIDE, kept, set_version, write
 
 _STATE = "peft_kernels_biases"  # attribute of the model
 
@@ -29,27 +31,13 @@ def refuse_beside_biases(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _kept(tensor: Tensor) -> Tensor:
-    """A copy in host memory (on the meta device there is nothing to copy)."""
-    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
-
-
-def _write(parameter: nn.Parameter, value: Tensor) -> None:
-    if is_traceable_wrapper_subclass(parameter) and not is_traceable_wrapper_subclass(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = value.to(parameter.device)  # each rank has the whole: nothing to send
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value)
-
-
 class BiasAdapter:
     """What BitFit changed in a model, by name, so that a deep copy or a pickle of the model has its own.
 
     originals: name -> the bias as it was, None once `merge` forgot them. trained: name -> the trained bias while the
-    original stands in its place, else None. trainable: whether the biases require grad while they are in place. owners:
-    names of the layers that hold them; classes: what those of them become that our kernels run; reasons: why the
-    others, or the activations behind them, stay Torch's.
+    original stands in its place, else None. held: whether a `disable_adapter` block will put it back (not so in a copy
+    made inside). owners: names of the layers that hold them; classes: what those of them become that our kernels run;
+    reasons: why the others, or the activations behind them, stay Torch's.
     """
 
     def __init__(
@@ -62,10 +50,12 @@ class BiasAdapter:
         reasons: dict[str, str],
     ):
         self.name = name
-        self.originals: dict[str, Tensor] | None = {key: _kept(bias) for key, bias in biases.items()}
+        self.originals: dict[str, Tensor] | None = {key: kept(bias) for key, bias in biases.items()}
         self.trained: dict[str, Tensor] | None = None
-        self.trainable = False
+        self.held = False
         self.merged = False
+        self._flags: dict[str, bool] = {}
+        self._versions: dict[str, int] = {}
         self.names = list(biases)
         self.owners = owners
         self.reasons = reasons
@@ -101,6 +91,9 @@ class BiasAdapter:
         except (AttributeError, KeyError):
             raise RuntimeError(f"{name} is not in the model any more, where BitFit was injected") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": False}
+
     def refuse_withdrawn(self, what: str) -> None:
         if self.withdrawn:
             raise RuntimeError(f"cannot {what}: the adapter is disabled, the biases in the model are the original ones")
@@ -112,6 +105,26 @@ class BiasAdapter:
         if any(value.is_meta and not parameters[name].is_meta for name, value in self.originals.items()):
             raise RuntimeError("the original biases are not known: BitFit was injected while they had no values (meta)")
         return self.originals
+
+    def _check_layers(self, model: nn.Module, running: bool) -> None:
+        """RuntimeError naming a layer or an activation that was replaced since. running: our kernels run now."""
+        for name, cls in self.classes.items():
+            self._check_layer(model, name, cls if running else self._former.get(name, cls))
+        for linear, parent_name, slot, activation in self._fusions if running else ():
+            if getattr(model.get_submodule(linear), "activation", None) != activation:
+                raise RuntimeError(f"{linear} does not compute {activation} any more: it was changed since `inject`")
+            self._check_layer(model, f"{parent_name}.{slot}".lstrip("."), nn.Identity)
+
+    @staticmethod
+    def _check_layer(model: nn.Module, name: str, cls: type) -> None:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise RuntimeError(f"{name} is not in the model any more, where BitFit was injected") from None
+        if not isinstance(layer, cls):
+            raise RuntimeError(
+                f"{name} is a {type(layer).__name__}; expected {cls.__name__}: it was replaced since `inject`"
+            )
 
     def run_kernels(self, model: nn.Module) -> None:
         """Change the classes of the layers, and let linears compute the activations behind them."""
@@ -139,10 +152,8 @@ class BiasAdapter:
             layer = model.get_submodule(name)
             if type(layer) is self.classes[name]:
                 change_class(layer, former)
-        self._former = {}
 
     def train(self, model: nn.Module, trainable: bool) -> None:
-        self.trainable = trainable
         for parameter in self.parameters(model).values():
             parameter.requires_grad_(trainable)
 
@@ -151,24 +162,32 @@ class BiasAdapter:
         """Put the originals in place, frozen, and run Torch's own layers: the base model bit for bit."""
         parameters = self.parameters(model)
         originals = self._known(parameters)
+        self._check_layers(model, running=True)
+        self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        self._versions = {name: parameter._version for name, parameter in parameters.items()}
         self.trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._put(parameters, originals, requires_grad=False)
+        for name, parameter in parameters.items():
+            write(parameter, originals[name])
+            set_version(parameter, self._versions[name] + ASIDE)
+            parameter.requires_grad_(False)
         self.run_torch(model)
+        self.held = True
 
     @torch.no_grad()
     def reinstate(self, model: nn.Module) -> None:
-        """Put the trained biases back in place."""
-        self._put(self.parameters(model), self.trained, self.trainable)
-        self.trained = None
-        self.run_kernels(model)
+        """Put the trained biases back in place, each with its own requires_grad.
 
-    @staticmethod
-    def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor], requires_grad: bool) -> None:
+        A graph made before `withdraw` may have saved one: it has its value again, and so its version. One made since
+        has saved the original under a version that no trained value will have, so its backward raises.
+        """
+        parameters = self.parameters(model)
+        self._check_layers(model, running=False)
         for name, parameter in parameters.items():
-            # A graph made before may have saved it: it comes back to its value before that graph runs backward.
-            with torch.autograd._unsafe_preserve_version_counter(parameter):
-                _write(parameter, values[name])
-            parameter.requires_grad_(requires_grad)
+            write(parameter, self.trained[name])
+            set_version(parameter, self._versions[name])
+            parameter.requires_grad_(self._flags[name])
+        self.trained, self.held = None, False
+        self.run_kernels(model)
 
     def merge(self, model: nn.Module, safe_merge: bool, restorable: bool) -> None:
         """Make the trained biases the model's own: there is nothing to add, so nothing is rounded.
@@ -180,6 +199,8 @@ class BiasAdapter:
         wrong = [name for name, bias in parameters.items() if safe_merge and not bool(torch.isfinite(bias).all())]
         if wrong:
             raise ValueError(f"the biases {wrong} are not finite: nothing was merged")
+        self._check_layers(model, running=True)
+        self._flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         self.run_torch(model)
@@ -193,17 +214,24 @@ class BiasAdapter:
         Raises:
             RuntimeError: merged with restorable=False.
         """
-        self._known(self.parameters(model))
+        parameters = self.parameters(model)
+        self._known(parameters)
+        self._check_layers(model, running=False)
         self.merged = False
         self.run_kernels(model)
-        self.train(model, self.trainable)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(self._flags[name])
 
     @torch.no_grad()
     def remove(self, model: nn.Module) -> None:
         """Give the model back as it was, frozen; the biases too, unless they were merged for good."""
         if not self.merged:
             parameters = self.parameters(model)
-            self._put(parameters, self._known(parameters), requires_grad=False)
+            originals = self._known(parameters)
+            self._check_layers(model, running=True)
+            for name, parameter in parameters.items():
+                write(parameter, originals[name])
+                parameter.requires_grad_(False)
             self.run_torch(model)
         delattr(model, _STATE)
 

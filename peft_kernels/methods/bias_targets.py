@@ -74,6 +74,8 @@ def _check_plain(model: nn.Module, saved: dict[str, nn.Module], chosen: dict[str
             raise ValueError(
                 f"{name} is a {type(bias.parameter).__name__}, not a plain tensor: put BitFit in before it is sharded"
             )
+        if bias.parameter.is_inference():
+            raise ValueError(f"{name} was made under torch.inference_mode and cannot train: make the model outside it")
         if id(bias.parameter) in copied:
             raise ValueError(
                 f"{name} is the same Parameter as {copied[id(bias.parameter)]}, of which modules_to_save would train "
