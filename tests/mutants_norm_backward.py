@@ -127,3 +127,13 @@ def a_row_stride_of_zero_taken_for_one_row(dy, *others):
 def nothing_written_for_no_rows(dy, *others):
     grads = bwd(dy, *others)
     return grads if len(dy) else tuple(torch.empty_like(one) for one in grads)
+
+
+@_backward
+def a_wide_dy_rounded_to_xs_dtype(dy, *rest):
+    return bwd(dy.to(rest[-1]).to(dy.dtype), *rest)
+
+
+@_backward
+def the_mean_taken_from_rms_norm_too(dy, dtotal, x, mean, rstd, weight, rms, *rest):
+    return bwd(dy, dtotal, x, mean, rstd, weight, rms and mean is None, *rest)

@@ -167,3 +167,8 @@ def the_last_row_not_written(x, residual, weight, bias, eps, rms, dtype):
 def rows_that_are_not_finite_cut_off(x, residual, weight, bias, eps, rms, dtype):
     y, *others = fwd(x, residual, weight, bias, eps, rms, dtype)
     return y.nan_to_num(), *others
+
+
+@_forward
+def a_bias_without_a_weight_forgotten(x, residual, weight, bias, eps, rms, dtype):
+    return fwd(x, residual, weight, None if weight is None and rms else bias, eps, rms, dtype)

@@ -81,7 +81,9 @@ KINDS = (
     Kind(residual=True, weight=None),
     Kind(weight="other", bias="other"),
     Kind(weight="double", bias="double"),
+    Kind(bias=None),
     Kind(rms=True, bias=None),
+    Kind(rms=True, weight=None),
     Kind(rms=True, residual=True, weight="other", bias="other", wide_y=True),
     Kind(rms=True, residual=True, weight=None, bias=None),
     Kind(rms=True, bias="other", wide_y=True),
@@ -98,9 +100,10 @@ def data(M: int, K: int, dtype: torch.dtype, device: str, kind: Kind = FULL[0], 
     def draw(*shape: int, dtype: torch.dtype = dtype, mean: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype).to(device)
 
-    x, residual, dy, dtotal = (draw(M, K, mean=mean) for mean in (1, 0, 0, 0))
+    x, residual, dtotal = (draw(M, K, mean=mean) for mean in (1, 0, 0))
+    dy = draw(M, K, dtype=wide(dtype) if kind.wide_y else dtype)  # a wide one with digits that x's dtype has not
     weight, bias = (draw(K, dtype=dtypes.get(what, dtype), mean=0.5) for what in (kind.weight, kind.bias))
-    laid = [lay_out(one, layout) for one in (x, residual, dy.to(wide(dtype)) if kind.wide_y else dy, dtotal)]
+    laid = [lay_out(one, layout) for one in (x, residual, dy, dtotal)]
     return Data(
         x=laid[0],
         residual=laid[1] if kind.residual else None,

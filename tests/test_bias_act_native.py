@@ -111,5 +111,5 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_errors_name_the_argument(message):
-    with pytest.raises((RuntimeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         op.act_bwd(*WRONG[message](*pair(4, 6, torch.float32, "cpu")))

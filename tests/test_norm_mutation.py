@@ -33,6 +33,7 @@ SAME_IN_FP32 = {
     "y_of_the_unrounded_total",
     "y_rounded_to_xs_dtype_when_asked_for_fp32",
     "xhat_rounded_before_the_weight",
+    "a_wide_dy_rounded_to_xs_dtype (backward)",
 }
 
 

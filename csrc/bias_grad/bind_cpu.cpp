@@ -24,14 +24,14 @@ Dtype dtype_of(at::ScalarType type, const char* op, const char* name) {
     case at::kDouble: return Dtype::f64;
     case at::kBFloat16: return Dtype::bf16;
     case at::kHalf: return Dtype::f16;
-    default: TORCH_CHECK(false, op, ": ", name, " is ", type, "; expected float32, float64, bfloat16 or float16");
+    default: TORCH_CHECK_VALUE(false, op, ": ", name, " is ", type, "; expected float32, float64, bfloat16 or float16");
   }
 }
 
 void check_sums(const char* op, const Tensor& dy, at::ScalarType dtype) {
   const at::ScalarType wide = dy.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK(dy.dim() == 2, op, ": dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
-  TORCH_CHECK(dtype == wide || dtype == dy.scalar_type(), op, ": dtype is ", dtype, "; expected ", dy.scalar_type(),
+  TORCH_CHECK_VALUE(dy.dim() == 2, op, ": dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
+  TORCH_CHECK_VALUE(dtype == wide || dtype == dy.scalar_type(), op, ": dtype is ", dtype, "; expected ", dy.scalar_type(),
               " as dy, or ", wide);
 }
 
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> relu_fwd(const Tensor& z) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   ReluFwd f;
   f.dtype = dtype_of(z.scalar_type(), "relu_fwd", "z");
-  TORCH_CHECK(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
+  TORCH_CHECK_VALUE(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
   f.M = z.size(0), f.N = z.size(1), f.row = z.stride(0), f.col = z.stride(1);
   Tensor y = at::empty({f.M, f.N}, z.options()), mask = at::empty({f.M, (f.N + 7) / 8}, z.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, mask};
@@ -78,10 +78,10 @@ void check_kept(const Tensor& dy, const Tensor& kept, c10::string_view activatio
   const char* what = relu ? "the mask" : "z";
   const int64_t M = dy.size(0), N = dy.size(1), columns = relu ? (N + 7) / 8 : N;
   const at::ScalarType type = relu ? at::kByte : dy.scalar_type();
-  TORCH_CHECK(kept.dim() == 2 && kept.size(0) == M && kept.size(1) == columns, "act_bwd: kept has shape ", kept.sizes(),
+  TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(0) == M && kept.size(1) == columns, "act_bwd: kept has shape ", kept.sizes(),
               "; expected [", M, ", ", columns, "], ", what, " of dy [", M, ", ", N, "]");
-  TORCH_CHECK(kept.scalar_type() == type, "act_bwd: kept is ", kept.scalar_type(), "; expected ", type, ", ", what, " for ", activation);
-  TORCH_CHECK(kept.device() == dy.device(), "act_bwd: kept is on ", kept.device(), "; expected ", dy.device(), ", as dy");
+  TORCH_CHECK_VALUE(kept.scalar_type() == type, "act_bwd: kept is ", kept.scalar_type(), "; expected ", type, ", ", what, " for ", activation);
+  TORCH_CHECK_VALUE(kept.device() == dy.device(), "act_bwd: kept is on ", kept.device(), "; expected ", dy.device(), ", as dy");
 }
 
 std::tuple<Tensor, Tensor> act_bwd(const Tensor& dy, const Tensor& kept_as_given, c10::string_view activation, bool need_dz,

@@ -46,7 +46,7 @@ bool no_code_for_this_gpu(cudaError_t error) {
 }
 
 Tensor bias_grad(const Tensor& dy, at::ScalarType dtype) {
-  TORCH_CHECK(dy.dim() == 2, "dy has shape ", dy.sizes(), ", expected [M, N]");
+  TORCH_CHECK_VALUE(dy.dim() == 2, "bias_grad: dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
   const std::optional<int> code = dtype_code(dy.scalar_type());
   if (!code || (dtype != at::kFloat && dtype != dy.scalar_type())) return general(dy, dtype);
   const c10::cuda::CUDAGuard guard(dy.device());
@@ -80,7 +80,7 @@ Two relu_general(const Tensor& z) {
 }
 
 Two relu_fwd(const Tensor& z) {
-  TORCH_CHECK(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
+  TORCH_CHECK_VALUE(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
   const std::optional<int> code = dtype_code(z.scalar_type());
   if (!code) return relu_general(z);
   const c10::cuda::CUDAGuard guard(z.device());

@@ -45,9 +45,12 @@ const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : n
 long long row_stride(const optional<Tensor>& t) { return t ? t->stride(0) : 0; }
 int dtype_of(const optional<Tensor>& t) { return t ? dtype_code(t->scalar_type()) : 0; }
 
-void check(const char* op, const char* name, const optional<Tensor>& t, at::IntArrayRef sizes,
+// The key is CUDA's as soon as one argument is there: another may be on the host or on another GPU.
+void check(const char* op, const char* name, const optional<Tensor>& t, at::Device device, at::IntArrayRef sizes,
            optional<at::ScalarType> dtype = std::nullopt) {
   if (!t) return;
+  TORCH_CHECK_VALUE(t->device() == device && device.is_cuda(), op, ": ", name, " is on ", t->device(),
+                    "; expected one GPU for all arguments, the first is on ", device);
   TORCH_CHECK_VALUE(t->sizes() == sizes, op, ": ", name, " has shape ", t->sizes(), "; expected ", sizes);
   TORCH_CHECK_VALUE(!dtype || t->scalar_type() == *dtype, op, ": ", name, " is ", t->scalar_type(), "; expected ",
                     *dtype);
@@ -70,9 +73,9 @@ Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const option
                  const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) > 0, "norm_fwd: x has shape ", x.sizes(),
                     "; expected two dimensions, [M, K], K at least 1");
-  check("norm_fwd", "residual", residual, x.sizes(), x.scalar_type());
-  check("norm_fwd", "weight", weight, {x.size(1)});
-  check("norm_fwd", "bias", bias, {x.size(1)});
+  check("norm_fwd", "residual", residual, x.device(), x.sizes(), x.scalar_type());
+  check("norm_fwd", "weight", weight, x.device(), {x.size(1)});
+  check("norm_fwd", "bias", bias, x.device(), {x.size(1)});
   const auto general = [&] { return general_fwd(x, residual, weight, bias, eps, rms, dtype); };
   const bool float_or_own = dtype == at::kFloat || dtype == x.scalar_type();
   if (!float_or_own || !adjacent(x) || !adjacent(residual) || !adjacent(weight) || !adjacent(bias)) return general();
@@ -131,11 +134,11 @@ Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const option
   const bool reads_x = need_dx || need_dweight, fp32_dy = dy.scalar_type() == at::kFloat;
   const bool dtypes = (fp32_dy || dy.scalar_type() == dx_dtype) && (dtype == at::kFloat || dtype == dx_dtype);
   if (!dtypes || dtype_code(dx_dtype) < 0) return general();  // and what is wrong there is said there
-  check("norm_bwd", "dtotal", dtotal, dy.sizes(), dx_dtype);
-  check("norm_bwd", "weight", weight, {dy.size(1)});
-  check("norm_bwd", "x", x, dy.sizes(), dx_dtype);
-  if (!rms) check("norm_bwd", "mean", mean, {dy.size(0)}, at::kFloat);
-  check("norm_bwd", "rstd", rstd, {dy.size(0)}, at::kFloat);
+  check("norm_bwd", "dtotal", dtotal, dy.device(), dy.sizes(), dx_dtype);
+  check("norm_bwd", "weight", weight, dy.device(), {dy.size(1)});
+  check("norm_bwd", "x", x, dy.device(), dy.sizes(), dx_dtype);
+  if (!rms) check("norm_bwd", "mean", mean, dy.device(), {dy.size(0)}, at::kFloat);
+  check("norm_bwd", "rstd", rstd, dy.device(), {dy.size(0)}, at::kFloat);
   TORCH_CHECK_VALUE(!reads_x || (x && rstd && (rms || mean)),
                     "norm_bwd: x, mean or rstd is None; expected them, as dx or dweight is asked for");
   if (!adjacent(dy) || !adjacent(dtotal) || !adjacent(weight) || !adjacent(x) || !adjacent(rstd)) return general();

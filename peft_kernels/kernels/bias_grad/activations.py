@@ -40,6 +40,8 @@ def check_relu(z: Tensor) -> None:
 def check(dy: Tensor, kept: Tensor, activation: str, dtype: torch.dtype) -> None:
     """Raise ValueError unless the arguments of act_bwd fit each other."""
     check_activation("act_bwd", activation)
+    if not dy.is_floating_point():
+        raise ValueError(f"act_bwd: dy is {dy.dtype}; expected a floating dtype")
     if dy.dim() != 2:
         raise ValueError(f"act_bwd: dy has shape {list(dy.shape)}; expected two dimensions, [M, N]")
     M, N = dy.shape

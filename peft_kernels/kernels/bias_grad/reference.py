@@ -11,7 +11,9 @@ from ..._core.dtypes import accumulator
 
 
 def check(dy: Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError unless dy is [M, N] and `dtype` its own or its accumulator's."""
+    """Raise ValueError unless dy is [M, N], floating, and `dtype` its own or its accumulator's."""
+    if not dy.is_floating_point():
+        raise ValueError(f"bias_grad: dy is {dy.dtype}; expected a floating dtype")
     if dy.dim() != 2:
         raise ValueError(f"bias_grad: dy has shape {list(dy.shape)}; expected two dimensions, [M, N]")
     if dtype not in (dy.dtype, accumulator(dy.dtype)):

@@ -134,7 +134,7 @@ def _relu_plan(M: int, N: int, dtype: torch.dtype, transposed: bool) -> Plan:
 def _act_plan(
     M: int, N: int, dtype: torch.dtype, transposed: bool, activation: str, need_dz: bool, need_dbias: bool, _out
 ) -> tuple[Plan, int]:
-    tile = pick_act(M, N, dtype, transposed)
+    tile = pick_act(M, N, dtype, transposed, activation == "relu" or not need_dz)
     grid = cdiv(N, tile.block_n), cdiv(M, tile.span), 1  # neighbours read neighbouring columns
     constants = {"ACTIVATION": activation, "NEED_DZ": need_dz, "NEED_DBIAS": need_dbias}
     constants |= {"STEPS": STEPS, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}

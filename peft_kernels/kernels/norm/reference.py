@@ -20,6 +20,15 @@ def _refuse(op: str, name: str, value: Tensor, expected: str) -> None:
     raise ValueError(f"{op}: {name} is {value.dtype} {list(value.shape)}; expected {expected}")
 
 
+def _check_kinds(op: str, first: str, value: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all are floating and on the device of the first."""
+    for name, one in {first: value, **others}.items():
+        if one is not None and not one.is_floating_point():
+            _refuse(op, name, one, "a floating dtype")
+        if one is not None and one.device != value.device:
+            raise ValueError(f"{op}: {name} is on {one.device}; expected {value.device}, as {first}")
+
+
 def _check_dtype(op: str, dtype: torch.dtype, own: torch.dtype) -> None:
     if dtype not in (own, accumulator(own)):
         raise ValueError(f"{op}: dtype is {dtype}; expected {own} as x, or {accumulator(own)}")
@@ -27,6 +36,7 @@ def _check_dtype(op: str, dtype: torch.dtype, own: torch.dtype) -> None:
 
 def check_fwd(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, dtype) -> None:
     """Raise ValueError unless x is [M, K] with K at least 1 and the others fit it."""
+    _check_kinds("norm_fwd", "x", x, residual=residual, weight=weight, bias=bias)
     if x.dim() != 2 or x.shape[1] == 0:
         _refuse("norm_fwd", "x", x, "two dimensions, [M, K], K at least 1")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -41,6 +51,7 @@ def check_bwd(
     dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype
 ) -> None:  # fmt: skip
     """Raise ValueError unless dy is [M, K] and what the gradients asked for need is there and fits it."""
+    _check_kinds("norm_bwd", "dy", dy, dtotal=dtotal, x=x, mean=mean, rstd=rstd, weight=weight)
     if dy.dim() != 2 or dy.shape[1] == 0:
         _refuse("norm_bwd", "dy", dy, "two dimensions, [M, K], K at least 1")
     M, K = dy.shape
