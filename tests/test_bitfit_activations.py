@@ -125,25 +125,12 @@ class OtherInTraining(Mlp):
         return self.down(self.act(y) if self.training else y)
 
 
-class Remembers(Mlp):
-    def forward(self, x):
-        self.last = self.up(x)
-        return self.down(self.act(self.last))
-
-
-class Collects(Mlp):
-    def forward(self, x):
-        seen.append(self.up(x))
-        return self.down(self.act(self.up(x)))
-
-
 class Unpacks(Mlp):
     def forward(self, x):
         a, b, c, d, e, f = self.act(self.up(x))
         return self.down(a + b + c + d + e + f)
 
 
-seen: list = []
 CASES = {
     Mlp: ({"up": "silu"}, None),
     SharedSlot: ({"up": "silu", "down": "silu"}, None),
@@ -155,8 +142,6 @@ CASES = {
     Optional: ({}, "takes more than one argument"),
     Branching: ({}, "has a conditional expression"),
     OtherInTraining: ({}, "has a conditional expression"),
-    Remembers: ({}, "has an assignment to more than a local variable"),
-    Collects: ({}, "has a statement that only calls something"),
     Unpacks: ({"up": "silu"}, None),
 }
 

@@ -20,7 +20,7 @@ from ..methods.bitfit_config import BitFitConfig
 from ..methods.lora import Plan, carry_out, plan_injection
 from ..methods.lora_config import LoraConfig
 from ..methods.targets import is_all_linear, is_excluded, is_saved, matches, pattern_value
-from ..methods.walk import walk
+from ..methods.walk import uncompiled, walk
 from ..nn.merging import unmerged_bias
 from . import biases
 from .files import PREFIX, check_contents, of_copies, read_folder, write_folder
@@ -121,6 +121,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             place for it).
         RuntimeError: a trained bias with a lora_bias merged into it by restorable=False.
     """
+    model = uncompiled(model)
     config = _require(model, adapter_name)
     to_store = biases.to_store if isinstance(config, BitFitConfig) else _lora_to_store
     write_folder(path, *to_store(model, config, adapter_name))
@@ -187,6 +188,7 @@ def load_adapter(
         ValueError: a file that cannot be read; keys, shapes or settings that do not fit, all of them listed.
         RuntimeError: adapters are merged.
     """
+    given, model = model, uncompiled(model)
     refuse_merged(model, "load an adapter")
     config, tensors = read_folder(path, _parsed)
     config = replace(config, inference_mode=not is_trainable)
@@ -199,4 +201,4 @@ def load_adapter(
     change()
     for key, tensor in contents.items():
         tensor.copy_(tensors[key])
-    return model
+    return given

@@ -12,7 +12,7 @@ from ..nn.trainable_copy import TrainableCopy
 from .bias_adapter import BiasAdapter, bias_adapter
 from .bitfit_config import BitFitConfig
 from .lora_config import LoraConfig
-from .walk import replace_modules
+from .walk import replace_modules, uncompiled
 
 Config = LoraConfig | BitFitConfig
 _CONFIGS = "peft_kernels_configs"  # attribute of the model: adapter name -> Config
@@ -85,7 +85,7 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
         ValueError: an adapter unknown or named twice, or two with a modules_to_save copy of the same module.
         RuntimeError: adapters are merged.
     """
-    names = name_list(names)
+    names, model = name_list(names), uncompiled(model)
     check_known(model, names)
     refuse_merged(model, "set the active adapters")
     copies = {wrapper: [name for name in names if name in wrapper.copies] for _, wrapper in trainable_copies(model)}
@@ -108,11 +108,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes as if no adapter were there.
 
     BitFit's biases are the original ones meanwhile, frozen, in the layers that were there before: the base model bit
-    for bit, which its state_dict holds too. Biases that a LoRA config trained stay as they are.
+    for bit, which its state_dict holds too, but for buffers that training changed (BatchNorm's running statistics) and
+    casts of the model since. Biases that a LoRA config trained stay as they are. A graph made inside must run backward
+    inside, one made before after it: autograd raises otherwise where it saved a bias.
 
     Raises:
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or a layer or bias was replaced since BitFit was injected.
     """
+    model = uncompiled(model)
     biases = bias_adapter(model)
     layers = [] if biases is not None else layers_or_error(model)
     refuse_merged(model, "disable adapters")
@@ -136,14 +139,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter and its modules_to_save copies; a module without copies left stands in its own place again.
 
     Layers that LoRA wrapped stay wrapped. BitFit's biases become the original ones bit for bit, in the layers that were
-    there before. What was merged with restorable=False stays in the weights, which are the base weights from then on.
+    there before. What was merged with restorable=False stays in the weights, which are the base weights from then on,
+    as the trained copies that ran beside it are the base model's modules: HF PEFT's merge_and_unload does the same.
+
+    "Bit for bit" is said of the biases. Other state that training changed, as BatchNorm's running statistics, stays as
+    it is, and a model cast to a narrower dtype and back has rounded what the originals, in their own, were not.
 
     Raises:
         ValueError: there is no such adapter.
         RuntimeError: adapters are merged, and `unmerge` could take them out.
     """
+    model = uncompiled(model)
     check_known(model, [name])
     biases = biases_to(model, "delete an adapter")
+    merged = biases is not None and biases.merged
+    merged = merged or any(name in layer.merged_adapters for _, layer in fused_layers(model))
     if biases is not None:
         if biases.merged and biases.originals is not None:
             refuse_merged(model, "delete an adapter")
@@ -156,7 +166,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     idle = {}
     for _, wrapper in trainable_copies(model):
         if name in wrapper.copies:
-            wrapper.delete_adapter(name)
+            wrapper.delete_adapter(name, keep=merged and wrapper.active == name)
         if not wrapper.copies:
             idle[wrapper] = wrapper.original
     replace_modules(model, idle)

@@ -18,7 +18,7 @@ from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
 from .bias_adapter import BiasAdapter, bias_adapter
 from .targets import is_all_linear, is_excluded, output_head
-from .walk import is_peft_layer, walk
+from .walk import is_peft_layer, uncompiled, walk
 
 
 class Row(NamedTuple):
@@ -121,6 +121,7 @@ def coverage(model: nn.Module) -> Coverage:
 
     Of a model with BitFit: one row per layer that owns a bias which trains, with the kernel of its backward.
     """
+    model = uncompiled(model)
     biases = bias_adapter(model)
     if biases is not None:
         return _biases(model, biases)

@@ -8,6 +8,7 @@ from torch import nn
 from .bitfit import carry_out_biases, plan_biases
 from .bitfit_config import BitFitConfig
 from .lora import carry_out, plan_injection
+from .walk import uncompiled
 
 
 def inject(
@@ -35,8 +36,9 @@ def inject(
         ValueError: a target that does not exist or cannot be adapted, a setting not supported, a name that is taken.
         RuntimeError: adapters are merged.
     """
+    inner = uncompiled(model)
     if isinstance(config, BitFitConfig):
-        carry_out_biases(model, plan_biases(model, config, adapter_name, adapter_dtype))
+        carry_out_biases(inner, plan_biases(inner, config, adapter_name, adapter_dtype))
     else:
-        carry_out(model, plan_injection(model, config, adapter_name, adapter_dtype))
+        carry_out(inner, plan_injection(inner, config, adapter_name, adapter_dtype))
     return model

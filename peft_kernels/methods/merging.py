@@ -6,6 +6,7 @@ from ..nn.adapter import name_list
 from ..nn.lora_linear import FusedLoRALinear
 from .adapters import biases_to, check_known, fused_layers, layers_or_error, refuse_merged
 from .bias_adapter import bias_adapter
+from .walk import uncompiled
 
 
 def _refuse_tied(model: nn.Module, layers: list[tuple[str, FusedLoRALinear]]) -> None:
@@ -41,13 +42,13 @@ def merge(
 
     BitFit's biases stand in the model already: merged, they are frozen there, as they are to the bit and in every
     `state_dict()`, and the layers and activations are the ones that were there before. `unmerge` makes them an adapter
-    again, which `disable_adapter` and `delete_adapter` take out bit for bit.
+    again, which `disable_adapter` and `delete_adapter` take out bit for bit (buffers are not kept: see there).
 
     Raises:
         ValueError: an adapter unknown or named twice, a weight that another module shares, a value that is not finite.
         RuntimeError: adapters are merged already, or a lora_bias has no base bias to go to.
     """
-    adapter_names = None if adapter_names is None else name_list(adapter_names)
+    adapter_names, model = None if adapter_names is None else name_list(adapter_names), uncompiled(model)
     check_known(model, adapter_names or [])
     refuse_merged(model, "merge")
     biases = biases_to(model, "merge")
@@ -84,6 +85,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: nothing is merged, or it was merged with restorable=False.
     """
+    model = uncompiled(model)
     biases = bias_adapter(model)
     if biases is not None and biases.merged:
         return biases.unmerge(model)

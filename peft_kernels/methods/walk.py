@@ -17,6 +17,13 @@ class SavesModules(Protocol):
     heads: tuple[str, ...]
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile(model) runs: the wrapper has other names for everything, and not our marks."""
+    while type(model).__module__ == "torch._dynamo.eval_frame" and "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]
+    return model
+
+
 def is_peft_layer(module: nn.Module) -> bool:
     """HF PEFT's wrapper around one layer, recognised without importing peft."""
     return "base_layer" in module._modules and any(c.__module__.startswith("peft.tuners") for c in type(module).__mro__)

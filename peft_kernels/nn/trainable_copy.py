@@ -33,7 +33,10 @@ class TrainableCopy(nn.Module):
         for name, module in self.copies.items():
             module.requires_grad_(name == adapter_name and not inference_mode)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str, keep: bool = False) -> None:
+        """keep: the copy becomes the original."""
+        if keep:
+            self.original = self.copies[adapter_name].requires_grad_(False)
         del self.copies[adapter_name]
         if self.active == adapter_name:
             self.active = None
