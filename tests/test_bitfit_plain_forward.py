@@ -28,11 +28,6 @@ class Parts(nn.Module):
     def other(self):
         return self.cache.append(1) or 2.0
 
-    def forward(self, x: "torch.Tensor") -> torch.Tensor:
-        """Plain."""
-        h: torch.Tensor = self.up(x[..., :WIDTH] if False else x)
-        return h
-
 
 class Plain(Parts):
     def forward(self, x: "torch.Tensor") -> torch.Tensor:
@@ -157,6 +152,11 @@ class Shadowed(Parts):
         return self.act(self.up(x))
 
 
+class Variadic(Parts):
+    def forward(*args):
+        return args[0].act(args[0].up(args[1]))
+
+
 class Raises(Parts):
     def forward(self, x):
         return self.act(self.up(x)) + 1 / 0
@@ -192,6 +192,7 @@ REFUSED = {
     Decorated: "wrapped, or its source is not at hand",
     OwnCall: "changes how it is called",
     Shadowed: "a call of `self.act`",
+    Variadic: "its parent's forward names no argument of its own",
     Raises: "its parent's forward cannot be traced: ZeroDivisionError",
     NoSource: "its source is not at hand",
     OtherSource: "its source is not at hand",

@@ -23,10 +23,10 @@ def inject(
 
     BitFit: everything but the targeted biases and modules_to_save is frozen. nn.Linear, Conv1D and nn.LayerNorm layers
     that own such a bias become BiasLinear, its like and FusedLayerNorm in place: same objects, Parameters and hooks.
-    Where its parent feeds such a linear's output to one activation module and to nothing else, the linear computes the
-    activation too, for whoever calls it, and nn.Identity stands in the activation's place. `coverage` says what runs
-    where, and why. The biases train in place, so BitFit must be the only adapter; what they were is kept in host
-    memory.
+    Where its parent, by a forward without branches or side effects whose source can be read, feeds such a linear's
+    output to one activation module and to nothing else, the linear computes the activation too, for whoever calls it,
+    and nn.Identity stands in the activation's place. `coverage` says what runs where, and why. The biases train in
+    place, so BitFit must be the only adapter; what they were is kept in host memory.
 
     Args:
         config: peft_kernels.LoraConfig, peft.LoraConfig or peft_kernels.BitFitConfig.

@@ -107,7 +107,7 @@ def _doubt(statements: list[ast.stmt], expressions: _Expressions) -> str | None:
 def _same_code(definition: ast.FunctionDef, function: FunctionType) -> bool:
     """Whether a definition without doubts is that of what runs: its file may have changed since."""
     constants = compile(ast.Module([definition], []), "<source>", "exec", dont_inherit=True).co_consts
-    code = next(value for value in constants if isinstance(value, CodeType))
+    code = next(c for c in constants if isinstance(c, CodeType) and c.co_name == definition.name)
     parts = ("co_code", "co_names", "co_varnames", "co_freevars")
     return all(getattr(code, part) == getattr(function.__code__, part) for part in parts)
 
@@ -142,9 +142,11 @@ def not_plain(parent: nn.Module) -> str | None:
     no_source = "forward is wrapped, or its source is not at hand"
     if definition is None:
         return no_source
-    first, *others = [argument.arg for argument in (*definition.args.posonlyargs, *definition.args.args)]
+    names = [argument.arg for argument in (*definition.args.posonlyargs, *definition.args.args)]
+    if len(names) < 2:
+        return "forward names no argument of its own"
     body = definition.body[1:] if ast.get_docstring(definition) is not None else definition.body
-    doubt = _doubt(body, _Expressions(parent, first, set(others)))
+    doubt = _doubt(body, _Expressions(parent, names[0], set(names[1:])))
     if doubt is not None:
         return f"forward has {doubt}so that a trace might not tell all it does"
     return None if _same_code(definition, forward) else no_source
