@@ -43,9 +43,8 @@ def by_device(every: list[Row]) -> dict[str, list[Row]]:
 
 
 def sizes(row: Row) -> dict[str, float]:
-    """M=8192 N=4096 act=gelu ... -> {"M": 8192.0, "N": 4096.0, ...}: those that are numbers."""
-    words = (word.split("=") for word in row["case"].split())
-    return {name: float(value) for name, value in words if value[:1].isdigit()}
+    """Those values of its case that are numbers."""
+    return {name: value for name, value in rows.values_of(row["case"]).items() if isinstance(value, float)}
 
 
 def _others(row: Row) -> str:

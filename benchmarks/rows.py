@@ -43,6 +43,12 @@ EARLIER = {"part": "both", "seed": "0"}
 Row = dict[str, str]
 
 
+def values_of(case: str) -> dict[str, float | str]:
+    """A case's label in parts: M=8192 N=4096 act=gelu -> {"M": 8192.0, "N": 4096.0, "act": "gelu"}."""
+    words = (word.split("=") for word in case.split())
+    return {name: float(value) if value[:1].isdigit() else value for name, value in words}
+
+
 def make_row(**values: object) -> Row:
     """A row of every column, as text; a float keeps five significant digits, what is not given is empty.
 

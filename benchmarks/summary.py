@@ -18,7 +18,8 @@ def _cases(found: Sequence[Row]) -> dict[tuple[str, str, str, str], dict[str, Ro
         grouped.setdefault((row["case"], row["dtype"], row["timing"], row["part"]), {})[row["contender"]] = row
 
     def order(key: tuple[str, str, str, str]) -> tuple:
-        sizes = [float(word.split("=")[1]) for word in key[0].split()]
+        values = rows.values_of(key[0]).values()
+        sizes = [(value, "") if isinstance(value, float) else (0.0, value) for value in values]
         return key[2], sizes[1:4], sizes[0], sizes[4:], key[1], PARTS.index(key[3])
 
     return {key: grouped[key] for key in sorted(grouped, key=order)}

@@ -30,7 +30,10 @@ def test_speed(benchmark, primitive, case, role, part):
     if part != "both" and contender.forward is None:
         pytest.skip("it is made in one piece")
     errors = contender.check() if contender.check else {}
-    assert all(error <= 1 for error in errors.values()), errors
+    wrong = {name: error for name, error in errors.items() if not error <= 1}
+    if wrong and role == "peer":
+        pytest.skip(f"{contender.name} computes wrong values, so it is not timed: {wrong} of their bounds")
+    assert not wrong, wrong
     benchmark.group = f"{primitive} {case.label} {case.dtype} {part}"
     timed = contender.begin(part)
 

@@ -164,3 +164,14 @@ def test_only_what_these_sources_measured_is_published(tmp_path):
     written = gpu.publish(work, out, ["lora_linear"], "now", outcomes)
     assert [path.name for path in written] == ["lora_linear.csv", "ceilings.json", "memory_small.csv"]
     assert [row["contender"] for row in rows.read(out / "lora_linear.csv")] == ["now"]
+
+
+def test_cases_are_read_and_ordered_by_numbers_and_words():
+    labels = ["M=8 N=4 act=gelu", "M=16 N=4 act=gelu", "M=8 N=4 act=relu", "M=8 K=4 kind=rms_norm residual=1"]
+    assert rows.values_of(labels[0]) == {"M": 8.0, "N": 4.0, "act": "gelu"}
+    found = [
+        rows.make_row(case=label, dtype="d", timing="wall", part="both", contender="floor", role="floor")
+        for label in (labels[1], labels[2], labels[0])
+    ]
+    lines = [line for line in summary.table(found).splitlines() if "M=" in line]
+    assert [line.split("|")[1].strip() for line in lines] == [labels[0], labels[1], labels[2]]
