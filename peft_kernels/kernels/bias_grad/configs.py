@@ -56,11 +56,12 @@ def pick_config(M: int, N: int, dtype: torch.dtype, transposed: bool = False, ti
 def pick_act(M: int, N: int, dtype: torch.dtype, transposed: bool = False, light: bool = False) -> Tile:
     """The tile of the activation pass for dy [M, N]: as pick_config's, of half the bytes.
 
-    light: ReLU's pass, or one that writes no dz: with four warps Triton 3.9 spills three to five registers there.
+    light: ReLU's pass, or one that writes no dz. Triton 3.9 spills a few registers of those with four warps, and of the
+    others, where columns are lines, with eight. Rows of a few elements take an address for each: with four warps
+    compute capability 100 spills.
     """
     tile = pick_config(M, N, dtype, transposed, _ACT_TILE_BYTES)
-    # Rows of a few elements take an address for each: with four warps compute capability 100 spills.
-    return replace(tile, num_warps=8) if light or tile.block_n == 16 else tile
+    return replace(tile, num_warps=8 if light or tile.block_n == 16 else 4)
 
 
 def floor_bytes(M: int, N: int, dtype: torch.dtype) -> int:
