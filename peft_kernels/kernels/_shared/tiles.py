@@ -2,6 +2,12 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def is_transposed(matrix: Tensor) -> bool:
+    """Whether its columns are what lies side by side in memory."""
+    return matrix.stride(0) == 1 and matrix.stride(1) != 1
 
 
 @triton.jit

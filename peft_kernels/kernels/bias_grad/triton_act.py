@@ -10,7 +10,7 @@ from torch import Tensor
 from .._shared.columns import add_parts
 from .._shared.dropout import load_mask
 from .._shared.launch import Plan, cdiv, launch
-from .._shared.tiles import load_tile
+from .._shared.tiles import is_transposed, load_tile
 from . import activations
 from .activations import TANH_CUBE, TANH_SCALE
 from .configs import STEPS, pick_act
@@ -119,10 +119,6 @@ def _relu_fwd_kernel(
     tl.store(mask_ptr + offs_m[:, None] * row_bytes + offs_b[None, :], tl.sum(bits, axis=2).to(tl.uint8), mask=inside)
 
 
-def _transposed(dy: Tensor) -> bool:
-    return dy.stride(0) == 1 and dy.stride(1) != 1
-
-
 @lru_cache(maxsize=4096)
 def _relu_plan(M: int, N: int, dtype: torch.dtype, transposed: bool) -> Plan:
     tile = pick_act(M, N, dtype, transposed)
@@ -148,7 +144,7 @@ def relu_fwd(z: Tensor) -> tuple[Tensor, Tensor]:
     activations.check_relu(z)
     M, N = z.shape
     y, mask = z.new_empty(M, N), z.new_empty(M, cdiv(N, 8), dtype=torch.uint8)
-    launch(_relu_fwd_kernel, _relu_plan(M, N, z.dtype, _transposed(z)), (z,), (y, mask), (M, N, *z.stride()))
+    launch(_relu_fwd_kernel, _relu_plan(M, N, z.dtype, is_transposed(z)), (z,), (y, mask), (M, N, *z.stride()))
     return y, mask
 
 
@@ -165,7 +161,7 @@ def act_bwd(
         return dz, dbias
     if activation == "relu":
         kept = kept.contiguous()  # as relu_fwd made it
-    plan, span = _act_plan(M, N, dy.dtype, _transposed(dy), activation, need_dz, need_dbias, dtype)
+    plan, span = _act_plan(M, N, dy.dtype, is_transposed(dy), activation, need_dz, need_dbias, dtype)
     parts = plan.grid[1]
     out = dy.new_empty((parts, N), dtype=torch.float32) if need_dbias and parts > 1 else dbias
     launch(_act_bwd_kernel, plan, (dy, kept), (dz, out), (M, N, *dy.stride(), *kept.stride(), span))
@@ -181,5 +177,5 @@ def act_bwd_workspace(
     M, N = dy.shape
     if not need_dbias or dy.dtype not in _DTYPES or M == 0 or N == 0:
         return 0
-    parts = cdiv(M, pick_act(M, N, dy.dtype, _transposed(dy)).span)
+    parts = cdiv(M, pick_act(M, N, dy.dtype, is_transposed(dy)).span)
     return 4 * parts * N if parts > 1 else 0

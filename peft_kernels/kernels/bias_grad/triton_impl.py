@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._shared.columns import add_parts
 from .._shared.launch import Plan, cdiv, launch
-from .._shared.tiles import load_tile
+from .._shared.tiles import is_transposed, load_tile
 from . import reference
 from .configs import STEPS, pick_config
 
@@ -49,17 +49,13 @@ def _plan(M: int, N: int, dtype: torch.dtype, transposed: bool, _out: torch.dtyp
     return Plan(grid, constants, tile.num_warps, 1), tile.span
 
 
-def _transposed(dy: Tensor) -> bool:
-    return dy.stride(0) == 1 and dy.stride(1) != 1
-
-
 def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """Arguments and result of reference.bias_grad, which float64 and empty matrices run on any device."""
     if dy.dtype not in _DTYPES or dy.numel() == 0:
         return reference.bias_grad(dy, dtype)
     reference.check(dy, dtype)
     M, N = dy.shape
-    plan, span = _plan(M, N, dy.dtype, _transposed(dy), dtype)
+    plan, span = _plan(M, N, dy.dtype, is_transposed(dy), dtype)
     parts = plan.grid[1]
     dbias = dy.new_empty(N, dtype=dtype)
     out = dbias if parts == 1 else dy.new_empty((parts, N), dtype=torch.float32)
@@ -74,5 +70,5 @@ def bias_grad_workspace(dy: Tensor, dtype: torch.dtype) -> int:
     M, N = dy.shape
     if dy.dtype not in _DTYPES or M == 0 or N == 0:
         return 0
-    parts = cdiv(M, pick_config(M, N, dy.dtype, _transposed(dy)).span)
+    parts = cdiv(M, pick_config(M, N, dy.dtype, is_transposed(dy)).span)
     return 4 * parts * N if parts > 1 else 0

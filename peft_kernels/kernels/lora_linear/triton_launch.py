@@ -10,6 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..._core.registry import planned_arch
 from .._shared.launch import Plan, cdiv, launch
 from .._shared.sums import sum_parts
+from .._shared.tiles import is_transposed
 from .configs import Config
 from .reference import PHILOX_ROUNDS
 from .tiles import Tile, gemm_rank_block, pass_rank_block
@@ -114,7 +115,7 @@ def gemm(
     tile = config.gemm if has_base else config.delta
     if not has_base:
         p, q = low, t
-    q_transposed = q.stride(0) == 1 and q.stride(1) != 1
+    q_transposed = is_transposed(q)
     q_rows = q.t() if q_transposed else q
     descriptors = has_base and config.descriptors and p.shape[1] > 0 and all(map(_aligned, (p, q_rows, c)))
     has_mask = mask is not None and mask.numel() > 0
