@@ -14,7 +14,7 @@ OWNERS: dict[tuple[str, str], str] = {}
 """(op, dispatch key) -> "native", "triton" or "reference": which kernel runs, decided at import."""
 
 WORKSPACE: dict[str, Callable[..., int]] = {}
-"""op -> function of the op's arguments giving the bytes of temporaries that it allocates inside.
+"""op -> function of the op's arguments giving the bytes of temporaries that it allocates inside, at most.
 
 A fake kernel shows a memory predictor only the outputs; this table shows it the rest. For tensors that are on no GPU it
 answers for the one that `planned_for` names.

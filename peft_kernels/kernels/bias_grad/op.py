@@ -9,6 +9,7 @@ from ..._core.sharding import PARTIAL, REPLICATE, share
 from . import activations, reference
 
 if native.HAS_TRITON:
+    from .._shared import cuda_sums
     from . import triton_act, triton_impl
 else:
     triton_act = triton_impl = None
@@ -31,12 +32,23 @@ def _act_fake(dy, kept, activation, need_dz, need_dbias, dtype) -> tuple[Tensor,
     return dy.new_empty((M, N) if need_dz else (0,)), dy.new_empty(N if need_dbias else 0, dtype=dtype)
 
 
+def _workspace(dy: Tensor, dtype: torch.dtype) -> int:
+    """The more of what the Triton and the CUDA kernels hold; float64 runs neither."""
+    by_cuda = cuda_sums.column_sums(*dy.shape, dy.dtype) if dy.dtype != torch.float64 else 0
+    return max(triton_impl.bias_grad_workspace(dy, dtype), by_cuda)
+
+
+def _act_workspace(dy, kept, activation, need_dz, need_dbias, dtype) -> int:
+    by_cuda = cuda_sums.column_sums(*dy.shape, dy.dtype) if need_dbias and dy.dtype != torch.float64 else 0
+    return max(triton_act.act_bwd_workspace(dy, kept, activation, need_dz, need_dbias, dtype), by_cuda)
+
+
 bias_grad = define_op(
     "bias_grad(Tensor dy, ScalarType dtype) -> Tensor",
     reference=reference.bias_grad,
     fake=_fake,
     triton=triton_impl and triton_impl.bias_grad,
-    workspace=triton_impl and triton_impl.bias_grad_workspace,
+    workspace=triton_impl and _workspace,
 )
 
 relu_fwd = define_op(
@@ -52,7 +64,7 @@ act_bwd = define_op(
     reference=activations.act_bwd,
     fake=_act_fake,
     triton=triton_act and triton_act.act_bwd,
-    workspace=triton_act and triton_act.act_bwd_workspace,
+    workspace=triton_act and _act_workspace,
 )
 
 

@@ -10,6 +10,7 @@ from ..._core.sharding import share
 from . import reference, sharding
 
 if native.HAS_TRITON:
+    from .._shared import cuda_sums
     from . import triton_impl
 else:
     triton_impl = None
@@ -41,6 +42,15 @@ def _bwd_fake(
     )
 
 
+def _bwd_workspace(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, *dtypes) -> int:
+    """The more of what the Triton and the CUDA kernels hold; float64 runs neither."""
+    arguments = dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, *dtypes
+    by_triton, (M, K), narrow = triton_impl.norm_bwd_workspace(*arguments), dy.shape, dy if x is None else x
+    if narrow.dtype == torch.float64:
+        return by_triton
+    return max(by_triton, cuda_sums.norm_sums(M, K, need_dweight + need_dbias, narrow.dtype))
+
+
 norm_fwd = define_op(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, ScalarType dtype) "
     "-> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
@@ -57,7 +67,7 @@ norm_bwd = define_op(
     reference=reference.norm_bwd,
     fake=_bwd_fake,
     triton=triton_impl and triton_impl.norm_bwd,
-    workspace=triton_impl and triton_impl.norm_bwd_workspace,
+    workspace=triton_impl and _bwd_workspace,
 )
 
 share(norm_fwd, sharding.norm_fwd)

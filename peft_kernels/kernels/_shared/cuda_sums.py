@@ -1,0 +1,30 @@
+"""What the CUDA kernels hold of partial sums, for WORKSPACE: upper bounds, as their grids follow the GPU's SMs.
+
+A wave of blocks keeps one fp32 sum for every column that its threads read: csrc/common/column_sum_launch.cuh and
+csrc/norm/norm_bwd.cu make the plans, tests/test_cuda_host_workspace.py holds these to them.
+"""
+
+import torch
+
+from .launch import cdiv
+
+_SMS = 148  # of a B200, the most of the GPUs that the extension is built for
+_LOAD_BYTES = 16
+_COLUMN_SUM_BLOCKS, _COLUMN_SUM_LANES = 4 * 3, 32  # of an SM in four waves, and threads side by side in each
+_LEAST_ROWS = 64  # of a part: 8 for each of the 8 threads along them
+_NORM_THREADS, _NORM_SPAN = 512, 512  # of an SM, and threads that share a row at most
+_NORM_MOST_LOADS = 2  # of a row by a thread that carries sums; of longer rows the sums are a pass by columns
+_NORM_LEAST_ROWS = 4  # of a part
+
+
+def column_sums(M: int, N: int, dtype: torch.dtype) -> int:
+    """Bytes of bias_grad's and act_bwd's partial sums of [M, N], at most."""
+    wave = _SMS * _COLUMN_SUM_BLOCKS * _COLUMN_SUM_LANES * (_LOAD_BYTES // dtype.itemsize)
+    return 4 * min(cdiv(M, _LEAST_ROWS) * N, wave + N)
+
+
+def norm_sums(M: int, K: int, sums: int, dtype: torch.dtype) -> int:
+    """Bytes of norm_bwd's partial sums, `sums` (0, 1 or 2) of each column of [M, K] of x, at most."""
+    load = _LOAD_BYTES // dtype.itemsize
+    loads = min(cdiv(K, load * _NORM_SPAN), _NORM_MOST_LOADS)
+    return 4 * sums * min(cdiv(M, _NORM_LEAST_ROWS) * K, _SMS * _NORM_THREADS * load * loads + K)

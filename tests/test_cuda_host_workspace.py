@@ -1,0 +1,84 @@
+"""The temporaries that the operators declare to the memory predictor: no fewer than the CUDA kernels ask for."""
+
+from itertools import product
+
+import pytest
+import torch
+from cuda_host import act, bias_grad, norm
+from cuda_host.build import CXX, library
+
+from peft_kernels._core.registry import WORKSPACE
+
+pytest.importorskip("triton", reason="without Triton, which is optional, nothing is declared")
+from peft_kernels.kernels._shared import cuda_sums  # noqa: E402
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+
+SHAPES = list(product((1, 5, 63, 65, 512, 8192, 2**20), (8, 264, 384, 2048, 4096, 6144, 8192, 28_672, 128_256)))
+SMS = (108, 148)
+ALLOWED = 1.5
+"""Times the most that any call here asks for: no bound of much more than what is needed."""
+
+
+@pytest.fixture(scope="module")
+def lib(pytestconfig):
+    cache = pytestconfig.cache.mkdir("cuda_host")
+    return lambda source: library(cache, source)
+
+
+def matrix(M: int, N: int, dtype: torch.dtype, transposed: bool = False) -> torch.Tensor:
+    one = torch.empty((M, N), dtype=dtype, device="meta")
+    return one.as_strided((M, N), (1, M)) if transposed else one
+
+
+def hold(op: str, asked: dict[tuple, int], declared: dict[tuple, int]) -> None:
+    short = {case: (size, declared[case]) for case, size in asked.items() if size > declared[case]}
+    assert not short, f"{op}: more asked for than declared: {short}"
+
+
+def hold_tight(bounds: list[int], asked: dict[tuple, int]) -> None:
+    assert max(bounds) <= ALLOWED * max(asked.values())
+
+
+@pytest.mark.parametrize("dtype", bias_grad.DTYPES, ids=str)
+def test_bias_grad(lib, dtype):
+    asked, declared = {}, {}
+    for case in product(SHAPES, (False, True), SMS):
+        (M, N), transposed, sm_count = case
+        dy = matrix(M, N, dtype, transposed)
+        asked[case] = bias_grad.workspace_bytes(lib(bias_grad.SOURCE), bias_grad.call(dy, True), sm_count)
+        declared[case] = WORKSPACE["bias_grad"](dy, torch.float32)
+    hold("bias_grad", asked, declared)
+    hold_tight([cuda_sums.column_sums(*shape, dtype) for shape in SHAPES], asked)
+
+
+@pytest.mark.parametrize("dtype", act.DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_act_bwd(lib, activation, dtype):
+    asked, declared = {}, {}
+    for case in product(SHAPES, (False, True), SMS, (False, True)):
+        (M, N), transposed, sm_count, fp32 = case
+        dy = matrix(M, N, dtype, transposed)
+        kept = matrix(M, -(-N // 8), torch.uint8) if activation == "relu" else dy
+        args = act.call(dy, kept, activation, fp32)
+        args.dz = args.dbias = 16  # only looked at
+        asked[case] = act.workspace_bytes(lib(act.SOURCE), args, sm_count)
+        declared[case] = WORKSPACE["act_bwd"](dy, kept, activation, True, True, torch.float32 if fp32 else dtype)
+    hold("act_bwd", asked, declared)
+
+
+@pytest.mark.parametrize("dtype", norm.DTYPES, ids=str)
+@pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "sums"])
+def test_norm_bwd(lib, need_dx, dtype):
+    asked, declared = {}, {}
+    for case in product(SHAPES, SMS, ((True, True), (False, True), (True, False), (False, False))):
+        (M, K), sm_count, needed = case
+        x, row, column = matrix(M, K, dtype), matrix(K, 1, dtype)[:, 0], matrix(M, 1, torch.float32)[:, 0]
+        args = norm.Backward(M=M, K=K, x_row_stride=K, dy_row_stride=K, dtype=norm.DTYPES[dtype], need_dx=need_dx)
+        args.need_dweight, args.need_dbias = needed
+        asked[case] = norm.workspace_bytes(lib(norm.BACKWARD), args, norm.Gpu(sm_count, norm.H100))
+        needs = need_dx, *needed
+        declared[case] = WORKSPACE["norm_bwd"](x, None, x, column, column, row, False, *needs, dtype, dtype)
+    hold("norm_bwd", asked, declared)
+    if need_dx:
+        hold_tight([cuda_sums.norm_sums(*shape, 2, dtype) for shape in SHAPES], asked)
