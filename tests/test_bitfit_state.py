@@ -181,3 +181,7 @@ def test_on_the_meta_device():
     with pytest.raises(RuntimeError, match="BitFit was injected while they had no values"):
         pk.delete_adapter(model, "default")
     pk.merge(model)
+    pk.unmerge(model)
+    assert all(bias.requires_grad for name, bias in model.named_parameters() if "bias" in name)
+    pk.merge(model, restorable=False)
+    pk.delete_adapter(model, "default")

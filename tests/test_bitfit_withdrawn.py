@@ -58,6 +58,24 @@ def test_an_activation_that_a_linear_lost_is_named():
         pk.delete_adapter(model, "default")
 
 
+def test_hooks_on_the_place_of_the_activation_go_with_it():
+    base = build("mlp")
+    model, seen = trained(base), []
+    x = batch("mlp")
+    handle = model[1].register_forward_hook(lambda module, _, out: seen.append((type(module), out)))
+    model(x)
+    with pk.disable_adapter(model):
+        model(x)
+    model(x)
+    assert [kind for kind, _ in seen] == [nn.Identity, nn.GELU, nn.Identity]
+    torch.testing.assert_close(seen[1][1], base[1](base[0](x)))
+    assert torch.equal(seen[0][1], seen[2][1]) and not torch.equal(seen[0][1], seen[1][1])
+    pk.delete_adapter(model, "default")
+    handle.remove()
+    model(x)
+    assert len(seen) == 3
+
+
 def test_a_layer_replaced_while_merged_is_not_made_one_of_ours():
     model = trained(build("mlp"))
     pk.merge(model)

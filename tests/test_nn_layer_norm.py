@@ -171,5 +171,36 @@ def test_from_rms_norm_refuses_another_formula_under_the_same_names():
     with pytest.raises(ValueError, match=r"GemmaRMSNorm: its output is not weight \* x / rms\(x\)"):
         pk.FusedRMSNorm.from_rms_norm(hf_norm("gemma", "GemmaRMSNorm"))
     for other in (nn.LayerNorm(4), nn.Linear(4, 4), nn.ReLU()):
-        with pytest.raises(ValueError, match="it is not nn.RMSNorm, and not a layer with a weight and"):
+        with pytest.raises(ValueError, match="it is not nn.RMSNorm, and not a layer with a weight"):
             pk.FusedRMSNorm.from_rms_norm(other)
+
+
+class Odd(nn.Module):
+    """LlamaRMSNorm's names, and a forward that a test chooses."""
+
+    def __init__(self, weight: torch.Tensor | None = None, eps: float | None = 1e-6, forward=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4) if weight is None else weight)
+        self.eps, self.compute = eps, forward
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (Odd(torch.ones(2, 2)), r"a weight \[K\] alone"),
+        (Odd(torch.tensor(1.0)), r"a weight \[K\] alone"),
+        (Odd(eps=None), "variance_epsilon or eps"),
+        (Odd(), r"its forward, tried on \[3, 4\], raised TypeError"),
+        (Odd(forward=lambda x: (x, x)), "its output is not one tensor of its input's shape"),
+        (Odd(forward=lambda x: x.sum(-1)), "its output is not one tensor of its input's shape"),
+        (Odd(forward=lambda x: x), r"its output is not weight \* x / rms\(x\)"),
+        (None, "replace a NoneType: it is no module"),
+    ],
+    ids=["matrix", "scalar", "no eps", "raises", "two", "sum", "identity", "none"],
+)
+def test_from_rms_norm_says_what_a_layer_lacks(norm, message):
+    with pytest.raises(ValueError, match=message):
+        pk.FusedRMSNorm.from_rms_norm(norm)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.hooks import move_hooks
 from ..nn.in_place import change_class
 from .activations import Fusion
 from .bias_values import ASIDE, kept, set_version, write
 
+_FORGOTTEN = "the original biases were not kept: merged with restorable=False"
 _STATE = "peft_kernels_biases"  # attribute of the model
 
 
@@ -101,7 +103,7 @@ class BiasAdapter:
     def _known(self, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The originals; RuntimeError where they are not known."""
         if self.originals is None:
-            raise RuntimeError("the original biases were not kept: merged with restorable=False")
+            raise RuntimeError(_FORGOTTEN)
         if any(value.is_meta and not parameters[name].is_meta for name, value in self.originals.items()):
             raise RuntimeError("the original biases are not known: BitFit was injected while they had no values (meta)")
         return self.originals
@@ -127,7 +129,10 @@ class BiasAdapter:
             )
 
     def run_kernels(self, model: nn.Module) -> None:
-        """Change the classes of the layers, and let linears compute the activations behind them."""
+        """Change the classes of the layers, and let linears compute the activations behind them.
+
+        An activation has no hooks when it is fused first; those set since, on what stands in for it, go with the slot.
+        """
         for name, cls in self.classes.items():
             layer = model.get_submodule(name)
             if not isinstance(layer, cls):
@@ -137,8 +142,9 @@ class BiasAdapter:
             parent = model.get_submodule(parent_name)
             model.get_submodule(linear).activation = activation
             if (parent_name, slot) not in self._activations:
-                self._activations[parent_name, slot] = parent._modules[slot]
-                parent._modules[slot] = nn.Identity().train(parent._modules[slot].training)
+                self._activations[parent_name, slot] = former = parent._modules[slot]
+                parent._modules[slot] = nn.Identity().train(former.training)
+                move_hooks(former, parent._modules[slot])
 
     def run_torch(self, model: nn.Module) -> None:
         """Undo `run_kernels`. A layer whose class was changed again since (fully_shard does) keeps it."""
@@ -146,7 +152,8 @@ class BiasAdapter:
             del model.get_submodule(linear).activation  # the class's None shows again
         for (parent_name, slot), activation in self._activations.items():
             parent = model.get_submodule(parent_name)
-            parent._modules[slot] = activation.train(parent._modules[slot].training)
+            stood_in, parent._modules[slot] = parent._modules[slot], activation
+            move_hooks(stood_in, activation.train(stood_in.training))
         self._activations = {}
         for name, former in self._former.items():
             layer = model.get_submodule(name)
@@ -215,7 +222,8 @@ class BiasAdapter:
             RuntimeError: merged with restorable=False.
         """
         parameters = self.parameters(model)
-        self._known(parameters)
+        if self.originals is None:
+            raise RuntimeError(_FORGOTTEN)
         self._check_layers(model, running=False)
         self.merged = False
         self.run_kernels(model)

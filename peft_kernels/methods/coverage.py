@@ -13,7 +13,7 @@ from ..kernels.lora_linear.op import general_because
 from ..nn.base_linear import is_linear, read_by_parents, refusal
 from ..nn.combine import RunsLoRALinear, calls, side_by_side
 from ..nn.dispatch import replaced_forward
-from ..nn.in_place import is_norm
+from ..nn.in_place import is_bias_linear, is_norm
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
 from .bias_adapter import BiasAdapter, bias_adapter
@@ -85,22 +85,31 @@ def _owner(op: str, device: str) -> tuple[str, str]:
 
 def _bias_row(adapter: BiasAdapter, name: str, layer: nn.Module) -> Row:
     """For a layer that owns trained biases."""
-    path, activation = type(layer).__name__, getattr(layer, "activation", None)
+    path = type(layer).__name__
     if adapter.merged or adapter.withdrawn:
         return Row(name, "torch", path, "merged into the model" if adapter.merged else "adapter disabled")
     if name not in adapter.classes:
         return Row(name, "torch", path, adapter.reasons.get(name, ""))
+    return _ours(name, layer, adapter.reasons.get(name))
+
+
+def _ours(name: str, layer: nn.Module, apart: str | None = None) -> Row:
+    """For a layer whose class is ours, and not LoRA's. apart: why the activation behind it stays Torch's."""
+    activation = getattr(layer, "activation", None)
     if replaced_forward(layer, type(layer)):
-        return Row(name, "torch", path, "its forward was replaced since BitFit was injected")
+        return Row(name, "torch", type(layer).__name__, "its forward was replaced")
+    if not is_norm(layer) and layer.bias is None:
+        return Row(name, "torch", "linear", "no bias to make a gradient of")
     op = "norm_bwd" if is_norm(layer) else "act_bwd" if activation else "bias_grad"
     path = "norm" if is_norm(layer) else f"act_bwd {activation} + bias" if activation else "bias_grad"
     kernel, reason = _owner(op, next(layer.parameters(recurse=False)).device.type)
-    return Row(name, kernel, path, "; ".join(filter(None, (reason, adapter.reasons.get(name)))))
+    return Row(name, kernel, path, "; ".join(filter(None, (reason, apart))))
 
 
-def _biases(model: nn.Module, adapter: BiasAdapter) -> Coverage:
+def _biases(model: nn.Module, adapter: BiasAdapter, prefix: str = "") -> list[Row]:
+    """prefix: the model's own name in what it is a part of, with a dot behind it."""
     rows = [_bias_row(adapter, name, model.get_submodule(name)) for name in adapter.owners]
-    return Coverage(rows, "{} of {} layers with biases that train run our kernels")
+    return [row._replace(module=prefix + row.module) for row in rows]
 
 
 def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int, str]) -> str:
@@ -119,18 +128,25 @@ def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int
 def coverage(model: nn.Module) -> Coverage:
     """One row per linear layer of the model: the kernel that runs it now (it depends on train / eval), or why none.
 
-    Of a model with BitFit: one row per layer that owns a bias which trains, with the kernel of its backward.
+    Of a model with BitFit, or a part that has it: one row per layer that owns a bias which trains, with the kernel of
+    its backward. Layers and norms of ours that were put in by hand have such a row too.
     """
     model = uncompiled(model)
     biases = bias_adapter(model)
     if biases is not None:
-        return _biases(model, biases)
+        return Coverage(_biases(model, biases), "{} of {} layers with biases that train run our kernels")
     rows, seen, bypassed = [], set(), read_by_parents(model)
     for name, module in walk(model):
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, RunsLoRALinear):
+        biases = bias_adapter(module)
+        if biases is not None:
+            rows += _biases(module, biases, f"{name}.")
+            seen.update(map(id, module.modules()))
+        elif is_bias_linear(module) or (is_norm(module) and module._parameters.get("weight") is not None):
+            rows.append(_ours(name, module))
+        elif isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
         elif is_peft_layer(module):
             rows.append(Row(name, "torch", "HF PEFT", f"HF PEFT's {type(module).__name__}, not accelerated"))
@@ -138,4 +154,5 @@ def coverage(model: nn.Module) -> Coverage:
             rows.append(Row(name, "torch", "linear", "trains whole (modules_to_save)"))
         elif is_linear(module):
             rows.append(Row(name, "torch", "linear", _left_out(model, name, module, bypassed)))
-    return Coverage(rows, "{} of {} linear layers run lora_linear")
+    alone = all(row.kernel == "torch" or row.path.startswith("base + ") for row in rows)
+    return Coverage(rows, "{} of {} linear layers run lora_linear" if alone else "{} of {} layers run our kernels")

@@ -77,17 +77,33 @@ class FusedLayerNorm(nn.LayerNorm):
         return _norm(self, input, residual, layer_norm, self.weight, self.bias)
 
 
-def _same_formula(norm: nn.Module, eps: float) -> bool:
-    """Whether `norm` computes weight * x / rms(x): its source may have (1 + weight), as Gemma's, under these names."""
-    twin = copy.deepcopy(norm).to_empty(device="cpu").to(torch.float32).requires_grad_(False)
+def _other_formula(norm: nn.Module, eps: float) -> str | None:
+    """Why `norm` may not compute weight * x / rms(x): its source may have (1 + weight), as Gemma's, under these names.
+
+    None where it does, as a try on a copy shows.
+    """
     K = norm.weight.numel()
-    ramp = torch.linspace(0.5, 2.0, K)
-    twin.weight.copy_(ramp)
-    x = torch.cos(torch.arange(3.0 * K)).view(3, K)
+    ramp, x = torch.linspace(0.5, 2.0, K), torch.cos(torch.arange(3.0 * K)).view(3, K)
     expected = ramp * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    try:
+        twin = copy.deepcopy(norm).to_empty(device="cpu").to(torch.float32).requires_grad_(False)
+        twin.weight.copy_(ramp)
+        found = type(norm).forward(twin, x)  # not by calling it: its hooks have nothing to do with this
+    except Exception as error:  # it is the model's own code, on an input it was not asked about: it may raise anything
+        return f"its forward, tried on [3, {K}], raised {type(error).__name__}: {error}"
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        return "its output is not one tensor of its input's shape"
     # A 16-bit step inside rounds by 2**-8; another formula in `weight` is off by a quarter and more.
-    found = type(norm).forward(twin, x)  # not by calling it: its hooks have nothing to do with this
-    return bool(((found - expected).abs() <= 2**-6 * expected.abs()).all())
+    same = bool(((found - expected).abs() <= 2**-6 * expected.abs()).all())
+    return None if same else "its output is not weight * x / rms(x)"
+
+
+def _not_like_llamas(norm: nn.Module, eps: object) -> str | None:
+    """Why a layer that is not nn.RMSNorm has not what LlamaRMSNorm has."""
+    weight = norm._parameters.get("weight")
+    if not isinstance(eps, float) or list(norm._parameters) != ["weight"] or weight is None or weight.dim() != 1:
+        return "it is not nn.RMSNorm, and not a layer with a weight [K] alone and variance_epsilon or eps"
+    return None
 
 
 class FusedRMSNorm(nn.RMSNorm):
@@ -103,18 +119,17 @@ class FusedRMSNorm(nn.RMSNorm):
         Raises:
             ValueError: a layer that computes something else, or cannot be replaced, with the reason.
         """
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", ...))
-        if not isinstance(norm, nn.RMSNorm) and (eps is ... or list(norm._parameters) != ["weight"]):
-            raise ValueError(
-                f"FusedRMSNorm cannot replace a {type(norm).__name__}: it is not nn.RMSNorm, and not a layer with a "
-                "weight and variance_epsilon or eps"
-            )
-        _check_source(norm, nn.RMSNorm if isinstance(norm, nn.RMSNorm) else type(norm), cls.__name__)
-        if not isinstance(norm, nn.RMSNorm) and not _same_formula(norm, eps):
-            raise ValueError(
-                f"FusedRMSNorm cannot replace a {type(norm).__name__}: its output is not weight * x / rms(x)"
-            )
-        shape = norm.normalized_shape if isinstance(norm, nn.RMSNorm) else norm.weight.shape
+        if not isinstance(norm, nn.Module):
+            raise ValueError(f"FusedRMSNorm cannot replace a {type(norm).__name__}: it is no module")
+        torchs = isinstance(norm, nn.RMSNorm)
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        reason = None if torchs else _not_like_llamas(norm, eps)
+        if reason is None:
+            _check_source(norm, nn.RMSNorm if torchs else type(norm), cls.__name__)
+            reason = None if torchs else _other_formula(norm, eps)
+        if reason is not None:
+            raise ValueError(f"FusedRMSNorm cannot replace a {type(norm).__name__}: {reason}")
+        shape = norm.normalized_shape if torchs else norm.weight.shape
         layer = cls(shape, eps, elementwise_affine=False)
         layer.elementwise_affine, layer.weight = norm.weight is not None, norm.weight
         return _move(norm, layer)
