@@ -49,15 +49,22 @@ H100 = 227 << 10
 """Bytes of shared memory that a block may ask for."""
 
 
+_FAR = 2**31
+
+
 def _put(device: Memory, args: ctypes.Structure, **tensors: Tensor | None) -> None:
-    """Hands copies to the call: on 16 bytes, matrices with the strides they have, parameters with their dtype."""
+    """Hands copies to the call: on 16 bytes, matrices with the strides they have, parameters with their dtype.
+
+    Rows gigabytes apart, of a sparse file, are handed over themselves: memory for a copy is filled to the last byte.
+    """
     for name, values in tensors.items():
         if values is None:
             continue
         if values.stride(-1) != 1 or values.dtype not in DTYPES:
             raise NotTaken(f"{name} is {values.dtype}, strides {values.stride()}")
         own = values[:1] if values.stride(0) == 0 else values  # one row, expanded
-        setattr(args, name, at(device.put(own, own.stride(), align=16)))
+        far = own.dim() == 2 and own.stride(0) >= _FAR
+        setattr(args, name, at(own if far else device.put(own, own.stride(), align=16)))
         if values.dim() == 2:
             setattr(args, f"{name}_row_stride", values.stride(0))
         elif hasattr(args, f"{name}_dtype"):
