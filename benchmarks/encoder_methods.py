@@ -87,10 +87,10 @@ def _load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
 WAYS = {
     "head": Way(_head, _save_head, _load_head, (3e-3, 1e-2, 3e-2), 1e-2),
-    "bitfit": Way(_bitfit, pk.save_adapter, _load_adapter, (2e-3, 4e-3, 8e-3), 4e-3),
-    "lora": Way(_lora, pk.save_adapter, _load_adapter, (5e-4, 1e-3, 2e-3), 1e-3),
-    "full": Way(_full, lambda model, folder: model.save_pretrained(folder), _load_full, (5e-5, 1e-4, 2e-4), 1e-4),
-    "torch-bitfit": Way(_torch_bitfit, _save_trained, _load_trained, (2e-3, 4e-3, 8e-3), 4e-3),
+    "bitfit": Way(_bitfit, pk.save_adapter, _load_adapter, (4e-3, 8e-3, 1.6e-2), 8e-3),
+    "lora": Way(_lora, pk.save_adapter, _load_adapter, (1e-3, 2e-3, 4e-3), 2e-3),
+    "full": Way(_full, lambda model, folder: model.save_pretrained(folder), _load_full, (1e-4, 2e-4, 4e-4), 2e-4),
+    "torch-bitfit": Way(_torch_bitfit, _save_trained, _load_trained, (4e-3, 8e-3, 1.6e-2), 8e-3),
 }
 """torch-bitfit is a peer: bitfit's parameters, rate and data with Torch's own layers."""
 
