@@ -17,8 +17,7 @@ namespace {
 constexpr int64_t kActStreams = 2;  // rows taken at a time: three streams of memory each
 constexpr int64_t kTileCols = 4096, kFewestCols = 256;  // a chain of a tile (fp32) stays in L1, its totals (fp64) in L2
 constexpr int64_t kRowBlocks = 32, kFewestRows = kActStreams * kChain;
-constexpr int64_t kTasks = 16;           // wanted at least, for threads to share
-constexpr int64_t kUncached = 16 << 20;  // bytes of an output from which on it goes past the cache
+constexpr int64_t kTasks = 16;  // wanted at least, for threads to share
 
 // ---- a pass over rows ----
 
@@ -136,8 +135,7 @@ struct Matrix {
   int64_t stride() const { return round_up(cols, 64); }  // between the sums of blocks
   bool unit_columns() const { return (f.dy_col == 1 || f.N == 1) && (Act::bits || f.kept_col == 1 || f.N == 1); }
   bool uncached() const {
-    return f.M * f.N * static_cast<int64_t>(sizeof(T)) >= kUncached && reinterpret_cast<uintptr_t>(f.dz) % 64 == 0 &&
-           f.N * sizeof(T) % 64 == 0;
+    return goes_past_cache(f.dz, f.M, f.N * static_cast<int64_t>(sizeof(T)));
   }
 };
 
@@ -363,8 +361,7 @@ void run_relu(const ReluFwd& f) {
   const bool unit = f.col == 1 || f.N == 1, whole = unit && f.N % 8 == 0 && (f.row == f.N || f.M == 1);
   const int64_t M = whole ? 1 : f.M, N = whole ? f.M * f.N : f.N, mask_row = ceil_div(N, 8);
   const int64_t rows = N < run ? run / N : 1, blocks = ceil_div(M, rows), parts = ceil_div(N, run);
-  const bool uncached = M * N * static_cast<int64_t>(sizeof(T)) >= kUncached && reinterpret_cast<uintptr_t>(f.y) % 64 == 0 &&
-                        N * sizeof(T) % 64 == 0;
+  const bool uncached = goes_past_cache(f.y, M, N * static_cast<int64_t>(sizeof(T)));
   const T* z = static_cast<const T*>(f.z);
   T* y = static_cast<T*>(f.y);
 #pragma omp parallel num_threads(static_cast<int>(min64(f.threads, blocks * parts)))

@@ -4,6 +4,7 @@
 
 #include "../common/activations_cpu.h"
 #include "../common/column_sum_cpu.h"
+#include "../common/past_cache_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -21,12 +22,6 @@ PK_INLINE static void store_line(void* p, Floats v, bool uncached) {
 #else
 PK_INLINE static void store_line(void* p, Floats v, bool) { store(static_cast<float*>(p), v); }
 #endif
-
-static inline void finish_stores() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
 
 // To nearest, in the upper half of each word; the lower half is left over.
 PK_INLINE static Words bf16_bits(Floats v) {

@@ -31,8 +31,9 @@ struct Chain {
   float* chain;
   double* total;
   Chain(Arena& a, int64_t size) : chain(a.take<float>(size)), total(a.take<double>(size)) {}
-  void add(int64_t k, Float v, bool first) const { store(chain + k, first ? v : load(chain + k) + v); }
 };
+
+inline void add_to(float* chain, Float v, bool first) { store(chain, first ? v : load(chain) + v); }
 
 template <class T, class D>
 struct Group {
@@ -45,47 +46,53 @@ struct Group {
 // dx of `rows` rows, and their terms of the sums that are needed.
 template <int rows, Way way, class T, class D>
 inline void group_backward(const NormBwd& f, const Group<T, D>& g, const Chain* dweight, const Chain* dbias, bool first) {
-  const int64_t K = f.K;
+  // Copies of what does not change, as every store might be to where it came from.
+  const int64_t K = f.K, next_dy = rows * g.dy.apart, next_x = rows * g.x.apart;
+  const bool need_dx = f.dx != nullptr, has_dtotal = g.dtotal.first != nullptr;
+  const float* const weights = f.weight;
+  float* const dweights = dweight ? dweight->chain : nullptr;
+  float* const dbiases = dbias ? dbias->chain : nullptr;
   float mean[rows], rstd[rows], sum[rows] = {}, slope[rows] = {};
   const D* dy[rows];
   const T *x[rows], *dtotal[rows];
+  T* dx[rows];
   for (int r = 0; r < rows; ++r) {
     mean[r] = f.rms ? 0 : g.mean[r], rstd[r] = g.rstd[r];
-    dy[r] = g.dy[r], x[r] = g.x[r], dtotal[r] = g.dtotal[r];
-    if (!f.dx) continue;
+    dy[r] = g.dy[r], x[r] = g.x[r], dtotal[r] = g.dtotal[r], dx[r] = g.dx + (need_dx ? r * K : 0);
+    if (!need_dx) continue;
     double sums[2];
     sum_along<2>(K, sums, [&](int64_t k, auto n) {
-      const Float grad = get(dy[r] + k, n) * get(f.weight + k, n);
+      const Float grad = get(dy[r] + k, n) * get(weights + k, n);
       return Terms<2>{grad, grad * ((get(x[r] + k, n) - mean[r]) * rstd[r])};
     });
     sum[r] = f.rms ? 0 : static_cast<float>(sums[0] / K);
     slope[r] = static_cast<float>(sums[1] / K);
   }
   along(K, [&](int64_t k, auto n) {
-    const Float weight = get(f.weight + k, n);
+    const Float weight = get(weights + k, n);
     Float grad[rows], product[rows];
     PK_UNROLL
     for (int r = 0; r < rows; ++r) {
-      if (f.dx) {  // the next rows: memory would else rest until the sums along them begin
-        __builtin_prefetch(x[r] + rows * g.x.apart + k);
-        __builtin_prefetch(dy[r] + rows * g.dy.apart + k);
+      if (need_dx) {  // the next rows: memory would else rest until the sums along them begin
+        __builtin_prefetch(x[r] + next_x + k);
+        __builtin_prefetch(dy[r] + next_dy + k);
       }
       const Float xhat = (get(x[r] + k, n) - mean[r]) * rstd[r];
       grad[r] = get(dy[r] + k, n);
       product[r] = grad[r] * xhat;
-      if (f.dx) {
+      if (need_dx) {
         // One expression, with or without dtotal: else the compiler chooses per case whether the last step is fused.
-        const Float rest = g.dtotal.first ? get(dtotal[r] + k, n) : Float{};
-        set(g.dx + r * K + k, rstd[r] * (grad[r] * weight - sum[r] - xhat * slope[r]) + rest, n, way);
+        const Float rest = has_dtotal ? get(dtotal[r] + k, n) : Float{};
+        set(dx[r] + k, rstd[r] * (grad[r] * weight - sum[r] - xhat * slope[r]) + rest, n, way);
       }
     }
     if constexpr (rows == 4) {
-      if (dweight) dweight->add(k, (product[0] + product[1]) + (product[2] + product[3]), first);
-      if (dbias) dbias->add(k, (grad[0] + grad[1]) + (grad[2] + grad[3]), first);
+      if (dweights) add_to(dweights + k, (product[0] + product[1]) + (product[2] + product[3]), first);
+      if (dbiases) add_to(dbiases + k, (grad[0] + grad[1]) + (grad[2] + grad[3]), first);
     } else {
       static_assert(rows == 1);
-      if (dweight) dweight->add(k, product[0], first);
-      if (dbias) dbias->add(k, grad[0], first);
+      if (dweights) add_to(dweights + k, product[0], first);
+      if (dbiases) add_to(dbiases + k, grad[0], first);
     }
   });
 }
@@ -195,7 +202,7 @@ class Backward {
 
 template <class T, class D>
 void backward_as(const NormBwd& f) {
-  if (f.dx && goes_past(static_cast<const T*>(f.dx), f.M, f.K)) return Backward<Way::past, T, D>(f).run();
+  if (f.dx && goes_past_cache(f.dx, f.M, f.K * static_cast<int64_t>(sizeof(T)))) return Backward<Way::past, T, D>(f).run();
   Backward<Way::cached, T, D>(f).run();
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/column_sum_cpu.h"
+#include "../common/past_cache_cpu.h"
 #include "norm.h"
 
 namespace peft_kernels {
@@ -149,6 +150,39 @@ static inline void along(int64_t K, Step step) {
   if (k < K) step(k, Some{K - k});
 }
 
+// Vectors of fp32 added up in fp64, one half of the columns beside the other. By hand, as GCC 12 takes the lanes of a loop
+// over them apart, one instruction for each.
+struct Doubles {
+  using Half = Vec<double>::type;
+  Half low{}, high{};
+
+  void add(Float v) {
+#if defined(__AVX512F__)
+    low += (Half)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+    high += (Half)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+    low += (Half)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+    high += (Half)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
+    for (int64_t i = 0; i < kLanes / 2; ++i) low[i] += v[i], high[i] += v[i + kLanes / 2];
+#endif
+  }
+
+  double sum() const {
+    const Half both = low + high;
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd((__m512d)both);
+#else
+    double lanes[kLanes / 2];
+    store(lanes, both);
+    PK_UNROLL
+    for (int64_t half = kLanes / 4; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+#endif
+  }
+};
+
 template <int sums>
 struct Terms {
   Float of[sums];
@@ -159,14 +193,10 @@ struct Terms {
 constexpr int64_t kRowStreams = 4, kRowChain = 8;
 template <int sums, class Term>
 static inline void sum_along(int64_t K, double* total, Term term) {
-  double lanes[sums][kLanes] = {};
+  Doubles wide_sums[sums];
   const auto join = [&](const Terms<sums>& part) {
     PK_UNROLL
-    for (int s = 0; s < sums; ++s) {
-      float chain[kLanes];
-      store(chain, part.of[s]);
-      for (int64_t i = 0; i < kLanes; ++i) lanes[s][i] += chain[i];
-    }
+    for (int s = 0; s < sums; ++s) wide_sums[s].add(part.of[s]);
   };
   constexpr int64_t wide = kRowStreams * kLanes;
   int64_t k = 0;
@@ -190,12 +220,7 @@ static inline void sum_along(int64_t K, double* total, Term term) {
   for (; k + kLanes <= K; k += kLanes) join(term(k, All{}));
   if (k < K) join(term(k, Some{K - k}));
   PK_UNROLL
-  for (int s = 0; s < sums; ++s) {
-    PK_UNROLL
-    for (int64_t half = kLanes / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) lanes[s][i] += lanes[s][i + half];
-    total[s] = lanes[s][0];
-  }
+  for (int s = 0; s < sums; ++s) total[s] = wide_sums[s].sum();
 }
 
 // Rows of a matrix as rows whose elements lie side by side: where they are, or gathered into `copies`; null without a matrix.
@@ -218,22 +243,8 @@ static inline int64_t copied(const Strided& s, int64_t rows, int64_t K) {  // el
   return s.data && s.col != 1 && K > 1 ? rows * K : 0;
 }
 
-// Rows that fill whole lines of a cache, and more of them than a cache keeps until they are read, go past it: a plain store
-// reads the line first. Measured on two cores of a Zen 5: 0.75 of the time, for one array read and one written.
-constexpr int64_t kCacheKeeps = 32 << 20;
-template <class T>
-static inline bool goes_past(const T* out, int64_t M, int64_t K) {
-  const int64_t row = K * static_cast<int64_t>(sizeof(T));
-  return M * row >= kCacheKeeps && row % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-}
-
-// What went past the caches is seen by other threads after this.
 static inline void close(Way way) {
-#if defined(__AVX2__)
-  if (way == Way::past) _mm_sfence();
-#else
-  (void)way;
-#endif
+  if (way == Way::past) finish_stores();
 }
 
 // Threads worth waking for M rows of K columns.

@@ -92,7 +92,7 @@ void forward_by(const NormFwd& f) {
 
 template <class T, class Y>
 void forward_as(const NormFwd& f) {
-  if (goes_past(static_cast<const Y*>(f.y), f.M, f.K)) return forward_by<Way::past, T, Y>(f);
+  if (goes_past_cache(f.y, f.M, f.K * static_cast<int64_t>(sizeof(Y)))) return forward_by<Way::past, T, Y>(f);
   forward_by<Way::cached, T, Y>(f);
 }
 
