@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/past_cache.h"
 #include "lora_linear/plan_cpu.h"
 
 namespace py = pybind11;
@@ -36,6 +37,13 @@ PYBIND11_MODULE(_C_cpu, m) {
       py::arg("bf16"), py::arg("rows"), py::arg("along_lines"),
       "Who makes the base product of so many rows in bf16 or a wider type: along_lines for x @ weight.T of a weight [N, K] "
       "whose K is contiguous, else for dy @ weight.");
+  m.def(
+      "goes_past_cache",
+      [](uintptr_t address, int64_t rows, int64_t row_bytes) {
+        return pk::goes_past_cache(reinterpret_cast<const void*>(address), rows, row_bytes);
+      },
+      py::arg("address"), py::arg("rows"), py::arg("row_bytes"),
+      "Whether a kernel would write an output there past the caches: large, of whole lines, in memory that was used before.");
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = PEFT_KERNELS_TORCH_VERSION;

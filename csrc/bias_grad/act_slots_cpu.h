@@ -4,7 +4,7 @@
 
 #include "../common/activations_cpu.h"
 #include "../common/column_sum_cpu.h"
-#include "../common/past_cache_cpu.h"
+#include "../common/past_cache.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

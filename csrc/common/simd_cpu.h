@@ -45,6 +45,13 @@ static inline void store(T* p, typename Vec<T>::type v) {
   *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
 }
 
+// What was stored past the caches is seen by other threads after this.
+static inline void finish_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // may_alias: rows of them are read as steps of two.
 struct __attribute__((may_alias)) bf16 {
   uint16_t bits;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/column_sum_cpu.h"
-#include "../common/past_cache_cpu.h"
+#include "../common/past_cache.h"
 #include "norm.h"
 
 namespace peft_kernels {
@@ -243,6 +243,7 @@ static inline int64_t copied(const Strided& s, int64_t rows, int64_t K) {  // el
   return s.data && s.col != 1 && K > 1 ? rows * K : 0;
 }
 
+// What went past the caches is seen by other threads after this.
 static inline void close(Way way) {
   if (way == Way::past) finish_stores();
 }
