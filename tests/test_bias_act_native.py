@@ -34,10 +34,11 @@ def test_values(isa, check, activation, dtype):
     check(RUN, activation, dtype, "cpu")
 
 
-# A slot of columns (8 to 32), a tile (256 to 4096), a group of narrow rows (up to 4096 columns), a chain (22 rows), a
-# block of rows (22 at least, 32 of them): one less, one more, and a rest of each.
+# A slot of columns (8 to 32), a tile (256 to 4096), a group of narrow rows (up to 4096 columns), a chain (44 rows), a
+# block of rows (44 at least, 32 of them): one less, one more, and a rest of each.
 EDGES = [(23, N) for N in (7, 15, 17, 31, 33, 63, 65, 255, 257, 2047, 2049, 4095, 4097, 8200)]
 EDGES += [(M, 40) for M in (2, 21, 22, 45, 101, 102, 103, 703, 705, 1500)] + [(1409, 41), (5000, 1)]
+EDGES += [(M, 4100) for M in (1, 3, 4, 5, 43, 44, 45, 89)] + [(1409, 2100)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -3,7 +3,7 @@
 //
 // Rows are cut into blocks by the matrix's shape alone, columns into tiles, threads take these tasks as they are free, and
 // the blocks' sums are added in their order: the same bits for every number of threads, with dz or without. Error of a sum:
-// a term takes kActStreams rows' tree (1 rounding) and a chain of fp32 sums (kChain - 1), then fp64: 11 at most.
+// a term takes kActStreams rows' tree (2 roundings) and a chain of fp32 sums (kChain - 1), then fp64: 12 at most.
 #include "act.h"
 
 #include <cmath>
@@ -14,7 +14,7 @@ namespace peft_kernels {
 namespace PK_ISA {
 namespace {
 
-constexpr int64_t kActStreams = 2;  // rows taken at a time: three streams of memory each
+constexpr int64_t kActStreams = 4;  // rows taken at a time: three streams of memory each
 constexpr int64_t kTileCols = 4096, kFewestCols = 256;  // a chain of a tile (fp32) stays in L1, its totals (fp64) in L2
 constexpr int64_t kRowBlocks = 32, kFewestRows = kActStreams * kChain;
 constexpr int64_t kTasks = 16;  // wanted at least, for threads to share
