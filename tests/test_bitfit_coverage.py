@@ -36,3 +36,24 @@ def test_coverage_of_what_holds_it_and_of_what_it_holds():
     assert inner == own["0"]
     without = pk.coverage(nn.Sequential(pk.BiasLinear(4, 4, bias=False), pk.FusedRMSNorm(4, elementwise_affine=False)))
     assert [row.reason for row in without] == ["no bias to make a gradient of"]
+
+
+def test_layers_put_in_by_hand_where_they_do_not_run_or_have_no_adapter():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = pk.BiasLinear(8, 8)
+    (row,) = pk.coverage(nn.Sequential(attention))
+    assert (row.kernel, row.reason) == ("torch", "nn.MultiheadAttention reads its weight and never calls it")
+    both = nn.ModuleDict({"lora": nn.Linear(8, 8), "own": pk.BiasLinear(8, 8)})
+    pk.inject(both, pk.LoraConfig(r=2, target_modules="all-linear"))
+    rows = {row.module: row for row in pk.coverage(both)}
+    assert rows["own"].kernel == "torch" and "its bias is frozen; no adapter: " in rows["own"].reason
+    both["own"].bias.requires_grad_(True)
+    assert {row.module: row for row in pk.coverage(both)}["own"].kernel != "torch"
+    (row,) = pk.coverage(nn.Sequential(pk.BiasLinear(4, 4).requires_grad_(False)))
+    assert (row.kernel, row.reason) == ("torch", "its bias is frozen")
+
+
+def test_a_layer_is_listed_once():
+    part = pk.inject(build("mlp"), pk.BitFitConfig())
+    rows = list(pk.coverage(nn.ModuleDict({"first": part[0], "whole": part})))
+    assert len(rows) == len(list(pk.coverage(part))) and all(row.module.startswith("whole.") for row in rows)

@@ -42,6 +42,19 @@ def test_a_dispatched_model_trains_as_one_that_is_not(name):
     assert own_hooks(model) == own
 
 
+def test_what_dispatch_sets_on_the_place_of_an_activation_stays_there():
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    pk.inject(model, pk.BitFitConfig())
+    accelerate.dispatch_model(model, {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True)
+    pk.delete_adapter(model, "default")
+    torch.testing.assert_close(model(x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert type(model[1]) is nn.GELU
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_the_hook_runs_around_the_new_forward():
     """An instance's own forward, which accelerate sets, must not go on running the old class's."""
     layer, seen = nn.Linear(4, 4), []

@@ -76,6 +76,28 @@ def test_hooks_on_the_place_of_the_activation_go_with_it():
     assert len(seen) == 3
 
 
+def test_hooks_stay_with_their_place_where_parents_share_an_activation():
+    act = nn.GELU()
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), act), nn.Sequential(nn.Linear(8, 8), act)).double()
+    pk.inject(model, pk.BitFitConfig())
+    seen, x = [], batch("mlp")
+    second = model[1][1]
+    handle = second.register_forward_hook(lambda module, _, out: seen.append(module))
+    with pk.disable_adapter(model):
+        model(x)
+    seen.clear()
+    model(x)
+    assert seen == [second] and model[1][1] is second
+    handle.remove()
+    act.register_forward_hook(lambda module, _, out: seen.append("own"))
+    second.register_forward_hook(lambda module, _, out: seen.append(module))
+    seen.clear()
+    with pk.disable_adapter(model):
+        model(x)
+    model(x)
+    assert seen == ["own", "own", second]
+
+
 def test_a_layer_replaced_while_merged_is_not_made_one_of_ours():
     model = trained(build("mlp"))
     pk.merge(model)

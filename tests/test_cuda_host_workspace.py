@@ -15,9 +15,9 @@ from peft_kernels.kernels._shared import cuda_sums  # noqa: E402
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
 SHAPES = list(product((1, 5, 63, 65, 512, 8192, 2**20), (8, 264, 384, 2048, 4096, 6144, 8192, 28_672, 128_256)))
-SMS = (108, 148)
+SMS = (108, 192)
 ALLOWED = 1.5
-"""Times the most that any call here asks for: no bound of much more than what is needed."""
+"""Times the most that any call here asks for, over all its shapes and on the largest GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,14 @@ def test_act_bwd(lib, activation, dtype):
 @pytest.mark.parametrize("need_dx", [True, False], ids=["dx", "sums"])
 def test_norm_bwd(lib, need_dx, dtype):
     asked, declared = {}, {}
-    for case in product(SHAPES, SMS, ((True, True), (False, True), (True, False), (False, False))):
-        (M, K), sm_count, needed = case
+    for case in product(
+        SHAPES, SMS, (99 << 10, norm.H100), ((True, True), (False, True), (True, False), (False, False))
+    ):
+        (M, K), sm_count, shared_bytes, needed = case
         x, row, column = matrix(M, K, dtype), matrix(K, 1, dtype)[:, 0], matrix(M, 1, torch.float32)[:, 0]
         args = norm.Backward(M=M, K=K, x_row_stride=K, dy_row_stride=K, dtype=norm.DTYPES[dtype], need_dx=need_dx)
         args.need_dweight, args.need_dbias = needed
-        asked[case] = norm.workspace_bytes(lib(norm.BACKWARD), args, norm.Gpu(sm_count, norm.H100))
+        asked[case] = norm.workspace_bytes(lib(norm.BACKWARD), args, norm.Gpu(sm_count, shared_bytes))
         needs = need_dx, *needed
         declared[case] = WORKSPACE["norm_bwd"](x, None, x, column, column, row, False, *needs, dtype, dtype)
     hold("norm_bwd", asked, declared)

@@ -4,6 +4,7 @@ import copy
 import pickle
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,7 +194,7 @@ class Odd(nn.Module):
         (Odd(torch.ones(2, 2)), r"a weight \[K\] alone"),
         (Odd(torch.tensor(1.0)), r"a weight \[K\] alone"),
         (Odd(eps=None), "variance_epsilon or eps"),
-        (Odd(), r"its forward, tried on \[3, 4\], raised TypeError"),
+        (Odd(), r"a try of a copy on \[3, 4\] raised TypeError"),
         (Odd(forward=lambda x: (x, x)), "its output is not one tensor of its input's shape"),
         (Odd(forward=lambda x: x.sum(-1)), "its output is not one tensor of its input's shape"),
         (Odd(forward=lambda x: x), r"its output is not weight \* x / rms\(x\)"),
@@ -204,3 +205,18 @@ class Odd(nn.Module):
 def test_from_rms_norm_says_what_a_layer_lacks(norm, message):
     with pytest.raises(ValueError, match=message):
         pk.FusedRMSNorm.from_rms_norm(norm)
+
+
+def test_from_rms_norm_anywhere():
+    class Plain(nn.Module):
+        def __init__(self, eps):
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), eps
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    with torch.device("meta"):
+        assert pk.FusedRMSNorm.from_rms_norm(Plain(1e-6)).weight.is_meta
+    for eps in (0, 1, np.float32(1e-6)):
+        assert pk.FusedRMSNorm.from_rms_norm(Plain(eps)).eps == eps

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.hooks import move_hooks
 from ..nn.in_place import change_class
 from .activations import Fusion
 from .bias_values import ASIDE, kept, set_version, write
+from .stand_ins import StandIns
 
 _FORGOTTEN = "the original biases were not kept: merged with restorable=False"
 _STATE = "peft_kernels_biases"  # attribute of the model
@@ -64,7 +64,7 @@ class BiasAdapter:
         self.classes = classes
         self._former: dict[str, type] = {}
         self._fusions = fusions
-        self._activations: dict[tuple[str, str], nn.Module] = {}
+        self._stand_ins = StandIns()
 
     @property
     def withdrawn(self) -> bool:
@@ -129,32 +129,21 @@ class BiasAdapter:
             )
 
     def run_kernels(self, model: nn.Module) -> None:
-        """Change the classes of the layers, and let linears compute the activations behind them.
-
-        An activation has no hooks when it is fused first; those set since, on what stands in for it, go with the slot.
-        """
+        """Change the classes of the layers, and let linears compute the activations behind them."""
         for name, cls in self.classes.items():
             layer = model.get_submodule(name)
             if not isinstance(layer, cls):
                 self._former[name] = type(layer)
                 change_class(layer, cls)
         for linear, parent_name, slot, activation in self._fusions:
-            parent = model.get_submodule(parent_name)
             model.get_submodule(linear).activation = activation
-            if (parent_name, slot) not in self._activations:
-                self._activations[parent_name, slot] = former = parent._modules[slot]
-                parent._modules[slot] = nn.Identity().train(former.training)
-                move_hooks(former, parent._modules[slot])
+            self._stand_ins.put_in(model, parent_name, slot)
 
     def run_torch(self, model: nn.Module) -> None:
         """Undo `run_kernels`. A layer whose class was changed again since (fully_shard does) keeps it."""
         for linear, *_ in self._fusions:
             del model.get_submodule(linear).activation  # the class's None shows again
-        for (parent_name, slot), activation in self._activations.items():
-            parent = model.get_submodule(parent_name)
-            stood_in, parent._modules[slot] = parent._modules[slot], activation
-            move_hooks(stood_in, activation.train(stood_in.training))
-        self._activations = {}
+        self._stand_ins.take_out(model)
         for name, former in self._former.items():
             layer = model.get_submodule(name)
             if type(layer) is self.classes[name]:

@@ -125,17 +125,32 @@ def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int
     return "not targeted" if adapted else "no adapter injected"
 
 
+def _by_hand(model: nn.Module, name: str, layer: nn.Module, bypassed: dict[int, str]) -> Row:
+    """For a layer of ours that no method put in; where there are adapters, with the reason that it has none."""
+    if id(layer) in bypassed:
+        return Row(name, "torch", "linear", bypassed[id(layer)])
+    if is_norm(layer):
+        return _ours(name, layer)
+    row = _ours(name, layer)
+    if layer.activation is None and layer.bias is not None and not layer.bias.requires_grad:
+        row = Row(name, "torch", "linear", "its bias is frozen")
+    apart = f"no adapter: {_left_out(model, name, layer, bypassed)}" if configs(model) else ""
+    return row._replace(reason="; ".join(filter(None, (row.reason, apart))))
+
+
 def coverage(model: nn.Module) -> Coverage:
     """One row per linear layer of the model: the kernel that runs it now (it depends on train / eval), or why none.
 
     Of a model with BitFit, or a part that has it: one row per layer that owns a bias which trains, with the kernel of
-    its backward. Layers and norms of ours that were put in by hand have such a row too.
+    its backward. Layers of ours with parameters that were put in by hand have such a row too.
     """
     model = uncompiled(model)
     biases = bias_adapter(model)
     if biases is not None:
         return Coverage(_biases(model, biases), "{} of {} layers with biases that train run our kernels")
-    rows, seen, bypassed = [], set(), read_by_parents(model)
+    rows, bypassed = [], read_by_parents(model)
+    parts = [part for part in model.modules() if bias_adapter(part) is not None]
+    seen = {id(module) for part in parts for module in part.modules() if module is not part}
     for name, module in walk(model):
         if id(module) in seen:
             continue
@@ -143,9 +158,8 @@ def coverage(model: nn.Module) -> Coverage:
         biases = bias_adapter(module)
         if biases is not None:
             rows += _biases(module, biases, f"{name}.")
-            seen.update(map(id, module.modules()))
         elif is_bias_linear(module) or (is_norm(module) and module._parameters.get("weight") is not None):
-            rows.append(_ours(name, module))
+            rows.append(_by_hand(model, name, module, bypassed))
         elif isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
         elif is_peft_layer(module):

@@ -37,15 +37,25 @@ def immovable(module: nn.Module) -> str | None:
     return f"it has hooks and, beside weight and bias, {more}, which a fused layer would not hold" if more else None
 
 
+def move_call_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let `target`, which has none, run the hooks on calls of `source`, which is left without.
+
+    The dicts themselves change hands: the handle of a hook refers to its dict, and removes the hook from there.
+    """
+    for name in (*_AT_CALLS, *_FLAGS):
+        vars(target)[name], vars(source)[name] = vars(source)[name], OrderedDict()
+    target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
+
+
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let `target`, which has no hooks yet, run those of `source`, which is left without.
 
-    The dicts themselves change hands: the handle of a hook refers to its dict, and removes the hook from there. Plain
-    attributes that were set on `source`, which a hook may read from the module it is given, are set on `target` too.
+    Plain attributes that were set on `source`, which a hook may read from the module it is given, are set on `target`
+    too.
     """
-    for name in (*_AT_CALLS, *_AT_STATE, *_FLAGS):
+    move_call_hooks(source, target)
+    for name in _AT_STATE:
         vars(target)[name], vars(source)[name] = vars(source)[name], OrderedDict()
-    target._is_full_backward_hook, source._is_full_backward_hook = source._is_full_backward_hook, None
     for hook in target._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(target)

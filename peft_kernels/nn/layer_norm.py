@@ -1,6 +1,7 @@
 """FusedLayerNorm and FusedRMSNorm: Torch's layers, with the residual added and every gradient made in one pass each."""
 
 import copy
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +84,14 @@ def _other_formula(norm: nn.Module, eps: float) -> str | None:
     None where it does, as a try on a copy shows.
     """
     K = norm.weight.numel()
-    ramp, x = torch.linspace(0.5, 2.0, K), torch.cos(torch.arange(3.0 * K)).view(3, K)
+    ramp, x = torch.linspace(0.5, 2.0, K, device="cpu"), torch.arange(3.0 * K, device="cpu").cos().view(3, K)
     expected = ramp * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     try:
         twin = copy.deepcopy(norm).to_empty(device="cpu").to(torch.float32).requires_grad_(False)
         twin.weight.copy_(ramp)
         found = type(norm).forward(twin, x)  # not by calling it: its hooks have nothing to do with this
     except Exception as error:  # it is the model's own code, on an input it was not asked about: it may raise anything
-        return f"its forward, tried on [3, {K}], raised {type(error).__name__}: {error}"
+        return f"a try of a copy on [3, {K}] raised {type(error).__name__}: {error}"
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return "its output is not one tensor of its input's shape"
     # A 16-bit step inside rounds by 2**-8; another formula in `weight` is off by a quarter and more.
@@ -100,8 +101,8 @@ def _other_formula(norm: nn.Module, eps: float) -> str | None:
 
 def _not_like_llamas(norm: nn.Module, eps: object) -> str | None:
     """Why a layer that is not nn.RMSNorm has not what LlamaRMSNorm has."""
-    weight = norm._parameters.get("weight")
-    if not isinstance(eps, float) or list(norm._parameters) != ["weight"] or weight is None or weight.dim() != 1:
+    weight, number = norm._parameters.get("weight"), isinstance(eps, Real) and not isinstance(eps, bool)
+    if not number or list(norm._parameters) != ["weight"] or weight is None or weight.dim() != 1:
         return "it is not nn.RMSNorm, and not a layer with a weight [K] alone and variance_epsilon or eps"
     return None
 

@@ -1,14 +1,15 @@
 """What the CUDA kernels hold of partial sums, for WORKSPACE: upper bounds, as their grids follow the GPU's SMs.
 
 A wave of blocks keeps one fp32 sum for every column that its threads read: csrc/common/column_sum_launch.cuh and
-csrc/norm/norm_bwd.cu make the plans, tests/test_cuda_host_workspace.py holds these to them.
+csrc/norm/norm_bwd.cu make the plans, tests/test_cuda_host_workspace.py holds these to them. For GPUs whose blocks may
+have 99 KB of shared memory, as all have from compute capability 8.0 on.
 """
 
 import torch
 
 from .launch import cdiv
 
-_SMS = 148  # of a B200, the most of the GPUs that the extension is built for
+_SMS = 192  # more than any GPU has: an H100 132, a B200 148, an RTX PRO 6000 Blackwell 188
 _LOAD_BYTES = 16
 _COLUMN_SUM_BLOCKS, _COLUMN_SUM_LANES = 4 * 3, 32  # of an SM in four waves, and threads side by side in each
 _LEAST_ROWS = 64  # of a part: 8 for each of the 8 threads along them
