@@ -100,7 +100,8 @@ def _floor(inputs: Inputs) -> Backward:
     if inputs.residual is None:
         inputs.x.clone()
         return lambda keep: inputs.dy + inputs.x
-    torch.add(inputs.x, inputs.residual), torch.empty_like(inputs.x).fill_(0)
+    total = torch.add(inputs.x, inputs.residual)
+    torch.empty_like(total).fill_(0)
     return lambda keep: torch.addcmul(inputs.dtotal, inputs.dy, inputs.x)
 
 

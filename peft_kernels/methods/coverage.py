@@ -148,7 +148,7 @@ def coverage(model: nn.Module) -> Coverage:
     biases = bias_adapter(model)
     if biases is not None:
         return Coverage(_biases(model, biases), "{} of {} layers with biases that train run our kernels")
-    rows, bypassed = [], read_by_parents(model)
+    rows, others, bypassed = [], [], read_by_parents(model)
     parts = [part for part in model.modules() if bias_adapter(part) is not None]
     seen = {id(module) for part in parts for module in part.modules() if module is not part}
     for name, module in walk(model):
@@ -156,10 +156,10 @@ def coverage(model: nn.Module) -> Coverage:
             continue
         seen.add(id(module))
         biases = bias_adapter(module)
-        if biases is not None:
-            rows += _biases(module, biases, f"{name}.")
-        elif is_bias_linear(module) or (is_norm(module) and module._parameters.get("weight") is not None):
-            rows.append(_by_hand(model, name, module, bypassed))
+        if biases is not None or is_bias_linear(module) or (is_norm(module) and module.weight is not None):
+            found = [_by_hand(model, name, module, bypassed)] if biases is None else _biases(module, biases, f"{name}.")
+            rows += found
+            others += found
         elif isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
         elif is_peft_layer(module):
@@ -168,5 +168,5 @@ def coverage(model: nn.Module) -> Coverage:
             rows.append(Row(name, "torch", "linear", "trains whole (modules_to_save)"))
         elif is_linear(module):
             rows.append(Row(name, "torch", "linear", _left_out(model, name, module, bypassed)))
-    alone = all(row.kernel == "torch" or row.path.startswith("base + ") for row in rows)
+    alone = all(row.kernel == "torch" for row in others)
     return Coverage(rows, "{} of {} linear layers run lora_linear" if alone else "{} of {} layers run our kernels")

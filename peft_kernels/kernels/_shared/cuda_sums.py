@@ -2,7 +2,7 @@
 
 A wave of blocks keeps one fp32 sum for every column that its threads read: csrc/common/column_sum_launch.cuh and
 csrc/norm/norm_bwd.cu make the plans, tests/test_cuda_host_workspace.py holds these to them. For GPUs whose blocks may
-have 99 KB of shared memory, as all have from compute capability 8.0 on.
+have 99 KB of shared memory, as all have from compute capability 8.0 on. float64 runs none of these kernels.
 """
 
 import torch
@@ -20,12 +20,16 @@ _NORM_LEAST_ROWS = 4  # of a part
 
 def column_sums(M: int, N: int, dtype: torch.dtype) -> int:
     """Bytes of bias_grad's and act_bwd's partial sums of [M, N], at most."""
+    if dtype == torch.float64:
+        return 0
     wave = _SMS * _COLUMN_SUM_BLOCKS * _COLUMN_SUM_LANES * (_LOAD_BYTES // dtype.itemsize)
     return 4 * min(cdiv(M, _LEAST_ROWS) * N, wave + N)
 
 
 def norm_sums(M: int, K: int, sums: int, dtype: torch.dtype) -> int:
     """Bytes of norm_bwd's partial sums, `sums` (0, 1 or 2) of each column of [M, K] of x, at most."""
+    if dtype == torch.float64:
+        return 0
     load = _LOAD_BYTES // dtype.itemsize
     loads = min(cdiv(K, load * _NORM_SPAN), _NORM_MOST_LOADS)
     return 4 * sums * min(cdiv(M, _NORM_LEAST_ROWS) * K, _SMS * _NORM_THREADS * load * loads + K)

@@ -33,13 +33,12 @@ def _act_fake(dy, kept, activation, need_dz, need_dbias, dtype) -> tuple[Tensor,
 
 
 def _workspace(dy: Tensor, dtype: torch.dtype) -> int:
-    """The more of what the Triton and the CUDA kernels hold; float64 runs neither."""
-    by_cuda = cuda_sums.column_sums(*dy.shape, dy.dtype) if dy.dtype != torch.float64 else 0
-    return max(triton_impl.bias_grad_workspace(dy, dtype), by_cuda)
+    """The more of what the Triton and the CUDA kernels hold."""
+    return max(triton_impl.bias_grad_workspace(dy, dtype), cuda_sums.column_sums(*dy.shape, dy.dtype))
 
 
 def _act_workspace(dy, kept, activation, need_dz, need_dbias, dtype) -> int:
-    by_cuda = cuda_sums.column_sums(*dy.shape, dy.dtype) if need_dbias and dy.dtype != torch.float64 else 0
+    by_cuda = cuda_sums.column_sums(*dy.shape, dy.dtype) if need_dbias else 0
     return max(triton_act.act_bwd_workspace(dy, kept, activation, need_dz, need_dbias, dtype), by_cuda)
 
 

@@ -43,12 +43,11 @@ def _bwd_fake(
 
 
 def _bwd_workspace(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, *dtypes) -> int:
-    """The more of what the Triton and the CUDA kernels hold; float64 runs neither."""
+    """The more of what the Triton and the CUDA kernels hold."""
     arguments = dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, *dtypes
-    by_triton, (M, K), narrow = triton_impl.norm_bwd_workspace(*arguments), dy.shape, dy if x is None else x
-    if narrow.dtype == torch.float64:
-        return by_triton
-    return max(by_triton, cuda_sums.norm_sums(M, K, need_dweight + need_dbias, narrow.dtype))
+    kept = dy if x is None else x
+    by_cuda = cuda_sums.norm_sums(*dy.shape, need_dweight + need_dbias, kept.dtype)
+    return max(triton_impl.norm_bwd_workspace(*arguments), by_cuda)
 
 
 norm_fwd = define_op(
