@@ -2,8 +2,11 @@
 
 import importlib
 
+from .formats.nf4 import NF4Weight
 from .kernels.bias_grad.autograd import bias_linear
 from .kernels.lora_linear.autograd import lora_linear
+from .kernels.nf4.autograd import nf4_dequantize, nf4_quantize
+from .kernels.nf4_linear.autograd import nf4_linear
 from .kernels.norm.autograd import layer_norm, rms_norm
 from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, set_adapter, trainable_parameters
@@ -21,6 +24,7 @@ __all__ = [
     "FusedLoRALinear",
     "FusedRMSNorm",
     "LoraConfig",
+    "NF4Weight",
     "accelerate",
     "bias_linear",
     "coverage",
@@ -31,6 +35,9 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
     "predict_memory",
     "rms_norm",
     "save_adapter",

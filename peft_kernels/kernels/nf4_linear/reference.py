@@ -1,0 +1,74 @@
+"""The 4-bit linear's maths in plain PyTorch.
+
+Notation: W [N, K] are the values of the 4-bit weight in x's dtype (formats.nf4_values), x [M, K].
+
+    y  = x @ W.T + bias
+    dx = dy @ W
+"""
+
+import torch
+from torch import Tensor
+
+from ...formats import nf4_values
+from ...formats.nf4 import check_tensors
+
+_NAME = "nf4_linear"
+
+
+def _check(matrix: Tensor, name: str, tensors: tuple, quant_type: str, blocksize: int, other: int) -> None:
+    """Raise ValueError unless the rows of `matrix` fit a weight of its columns times `other`."""
+    if matrix.dim() != 2 or not matrix.is_floating_point():
+        raise ValueError(f"{_NAME}: {name} is {matrix.dtype} {list(matrix.shape)}; expected a floating matrix")
+    check_tensors(_NAME, *tensors, quant_type, blocksize, matrix.shape[1] * other)
+
+
+def check_forward(x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, quant_type, blocksize, N) -> None:
+    """Raise ValueError unless the arguments of nf4_linear_fwd fit."""
+    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    _check(x, "x", tensors, quant_type, blocksize, N)
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"{_NAME}: bias has shape {list(bias.shape)}; expected [{N}]")
+
+
+def check_backward(dy, packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, K) -> None:
+    """Raise ValueError unless the arguments of nf4_linear_bwd fit."""
+    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    _check(dy, "dy", tensors, quant_type, blocksize, K)
+
+
+def nf4_linear_fwd(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    N: int,
+) -> Tensor:
+    """x [M, K], any strides; bias [N] of any floating dtype -> y [M, N] in x's dtype."""
+    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    check_forward(x, *tensors, bias, quant_type, blocksize, N)
+    K = x.shape[1]
+    weight = nf4_values.dequantize(*tensors, quant_type, blocksize, N * K, x.dtype).view(N, K)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def nf4_linear_bwd(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    K: int,
+) -> Tensor:
+    """dy [M, N], any strides -> dx [M, K] in dy's dtype."""
+    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    check_backward(dy, *tensors, quant_type, blocksize, K)
+    N = dy.shape[1]
+    return dy @ nf4_values.dequantize(*tensors, quant_type, blocksize, N * K, dy.dtype).view(N, K)
