@@ -15,7 +15,7 @@ _ONCE = "nf4_linear has no second derivative: dequantise the weight and use torc
 
 def _gradients(dy, tensors, quant_type, blocksize, K, needed, bias_dtype) -> tuple[Tensor | None, Tensor | None]:
     need_dx, need_dbias = needed
-    dx = op.nf4_linear_bwd(dy, *tensors, quant_type, blocksize, K) if need_dx else None
+    dx = op.nf4_linear_bwd(dy, *tensors, None, quant_type, blocksize, K) if need_dx else None
     dbias = dy.sum(0, dtype=accumulator(dy.dtype)).to(bias_dtype) if need_dbias else None
     return dx, dbias
 
@@ -31,7 +31,7 @@ class _NF4Linear(torch.autograd.Function):
         ctx.save_for_backward(*(tensors if ctx.needed[0] else (None,) * 5))
         ctx.settings = quant_type, blocksize, x.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return op.nf4_linear_fwd(x, *tensors, bias, quant_type, blocksize, N)
+        return op.nf4_linear_fwd(x, *tensors, bias, None, quant_type, blocksize, N)
 
     @staticmethod
     def backward(ctx, dy):

@@ -7,28 +7,33 @@ from ..._core.sharding import REPLICATE, share
 from . import reference
 
 
-def _fwd_fake(x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, quant_type, blocksize, N) -> Tensor:
+def _fwd_fake(
+    x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, addend, quant_type, blocksize, N
+) -> Tensor:
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    reference.check_forward(x, *tensors, bias, quant_type, blocksize, N)
+    reference.check_forward(x, *tensors, bias, addend, quant_type, blocksize, N)
     return x.new_empty(x.shape[0], N)
 
 
-def _bwd_fake(dy, packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, K) -> Tensor:
+def _bwd_fake(
+    dy, packed, absmax, nested_absmax, nested_code, nested_offset, addend, quant_type, blocksize, K
+) -> Tensor:
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    reference.check_backward(dy, *tensors, quant_type, blocksize, K)
+    reference.check_backward(dy, *tensors, addend, quant_type, blocksize, K)
     return dy.new_empty(dy.shape[0], K)
 
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset"
 
 nf4_linear_fwd = define_op(
-    f"nf4_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, str quant_type, int blocksize, int N) -> Tensor",
+    f"nf4_linear_fwd(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? addend, str quant_type, int blocksize, "
+    "int N) -> Tensor",
     reference=reference.nf4_linear_fwd,
     fake=_fwd_fake,
 )
 
 nf4_linear_bwd = define_op(
-    f"nf4_linear_bwd(Tensor dy, {_WEIGHT}, str quant_type, int blocksize, int K) -> Tensor",
+    f"nf4_linear_bwd(Tensor dy, {_WEIGHT}, Tensor? addend, str quant_type, int blocksize, int K) -> Tensor",
     reference=reference.nf4_linear_bwd,
     fake=_bwd_fake,
 )
@@ -36,8 +41,9 @@ nf4_linear_bwd = define_op(
 
 def _by_rows(matrix, *args) -> list:
     """Rows apart; the weight whole, as its blocks need not end where a rank's part ends."""
-    rest = [None if tensor is None or isinstance(tensor, str | int) else REPLICATE for tensor in args]
-    return [([rows], [rows, *rest]) for rows in (REPLICATE, 0)]
+    addend, settings = args[-4], [None] * 3
+    whole = [None if tensor is None else REPLICATE for tensor in args[:-4]]
+    return [([rows], [rows, *whole, None if addend is None else rows, *settings]) for rows in (REPLICATE, 0)]
 
 
 share(nf4_linear_fwd, _by_rows)

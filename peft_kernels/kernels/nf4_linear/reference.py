@@ -2,8 +2,11 @@
 
 Notation: W [N, K] are the values of the 4-bit weight in x's dtype (formats.nf4_values), x [M, K].
 
-    y  = x @ W.T + bias
-    dx = dy @ W
+    y  = x @ W.T + bias + addend
+    dx = dy @ W + addend
+
+The addend, of the result's shape and dtype, is added before the one rounding: the QLoRA linear hands its low-rank branch
+over in it, which added to a 16-bit base afterwards would mostly round away.
 """
 
 import torch
@@ -22,18 +25,31 @@ def _check(matrix: Tensor, name: str, tensors: tuple, quant_type: str, blocksize
     check_tensors(_NAME, *tensors, quant_type, blocksize, matrix.shape[1] * other)
 
 
-def check_forward(x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, quant_type, blocksize, N) -> None:
+def _check_addend(addend: Tensor | None, like: Tensor, columns: int) -> None:
+    if addend is not None and (addend.shape != (like.shape[0], columns) or addend.dtype != like.dtype):
+        raise ValueError(
+            f"{_NAME}: addend is {addend.dtype} {list(addend.shape)}; expected {like.dtype} [{like.shape[0]}, {columns}]"
+        )
+
+
+def check_forward(
+    x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, addend, quant_type, blocksize, N
+) -> None:
     """Raise ValueError unless the arguments of nf4_linear_fwd fit."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
     _check(x, "x", tensors, quant_type, blocksize, N)
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"{_NAME}: bias has shape {list(bias.shape)}; expected [{N}]")
+    _check_addend(addend, x, N)
 
 
-def check_backward(dy, packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, K) -> None:
+def check_backward(
+    dy, packed, absmax, nested_absmax, nested_code, nested_offset, addend, quant_type, blocksize, K
+) -> None:
     """Raise ValueError unless the arguments of nf4_linear_bwd fit."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
     _check(dy, "dy", tensors, quant_type, blocksize, K)
+    _check_addend(addend, dy, K)
 
 
 def nf4_linear_fwd(
@@ -44,16 +60,20 @@ def nf4_linear_fwd(
     nested_code: Tensor | None,
     nested_offset: Tensor | None,
     bias: Tensor | None,
+    addend: Tensor | None,
     quant_type: str,
     blocksize: int,
     N: int,
 ) -> Tensor:
-    """x [M, K], any strides; bias [N] of any floating dtype -> y [M, N] in x's dtype."""
+    """x [M, K] and addend [M, N] of one dtype, any strides; bias [N] of any floating dtype -> y [M, N] in that dtype."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    check_forward(x, *tensors, bias, quant_type, blocksize, N)
+    check_forward(x, *tensors, bias, addend, quant_type, blocksize, N)
     K = x.shape[1]
     weight = nf4_values.dequantize(*tensors, quant_type, blocksize, N * K, x.dtype).view(N, K)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    if addend is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return torch.addmm(addend if bias is None else addend + bias, x, weight.t())
 
 
 def nf4_linear_bwd(
@@ -63,12 +83,14 @@ def nf4_linear_bwd(
     nested_absmax: Tensor | None,
     nested_code: Tensor | None,
     nested_offset: Tensor | None,
+    addend: Tensor | None,
     quant_type: str,
     blocksize: int,
     K: int,
 ) -> Tensor:
-    """dy [M, N], any strides -> dx [M, K] in dy's dtype."""
+    """dy [M, N] and addend [M, K] of one dtype, any strides -> dx [M, K] in that dtype."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    check_backward(dy, *tensors, quant_type, blocksize, K)
+    check_backward(dy, *tensors, addend, quant_type, blocksize, K)
     N = dy.shape[1]
-    return dy @ nf4_values.dequantize(*tensors, quant_type, blocksize, N * K, dy.dtype).view(N, K)
+    weight = nf4_values.dequantize(*tensors, quant_type, blocksize, N * K, dy.dtype).view(N, K)
+    return dy @ weight if addend is None else torch.addmm(addend, dy, weight)
