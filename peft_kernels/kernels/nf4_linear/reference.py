@@ -5,8 +5,8 @@ Notation: W [N, K] are the values of the 4-bit weight in x's dtype (formats.nf4_
     y  = x @ W.T + bias + addend
     dx = dy @ W + addend
 
-The addend, of the result's shape and dtype, is added before the one rounding: the QLoRA linear hands its low-rank branch
-over in it, which added to a 16-bit base afterwards would mostly round away.
+The addend, of the result's shape and dtype, is added before the one rounding: the QLoRA linear hands its low-rank
+branch over in it, which added to a 16-bit base afterwards would mostly round away.
 """
 
 import torch
@@ -26,9 +26,10 @@ def _check(matrix: Tensor, name: str, tensors: tuple, quant_type: str, blocksize
 
 
 def _check_addend(addend: Tensor | None, like: Tensor, columns: int) -> None:
-    if addend is not None and (addend.shape != (like.shape[0], columns) or addend.dtype != like.dtype):
+    expected = like.shape[0], columns
+    if addend is not None and (addend.shape != expected or addend.dtype != like.dtype):
         raise ValueError(
-            f"{_NAME}: addend is {addend.dtype} {list(addend.shape)}; expected {like.dtype} [{like.shape[0]}, {columns}]"
+            f"{_NAME}: addend is {addend.dtype} {list(addend.shape)}; expected {like.dtype} {list(expected)}"
         )
 
 
@@ -65,7 +66,7 @@ def nf4_linear_fwd(
     blocksize: int,
     N: int,
 ) -> Tensor:
-    """x [M, K] and addend [M, N] of one dtype, any strides; bias [N] of any floating dtype -> y [M, N] in that dtype."""
+    """x [M, K], addend [M, N], any strides; bias [N] of any floating dtype -> y [M, N] in x's dtype."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
     check_forward(x, *tensors, bias, addend, quant_type, blocksize, N)
     K = x.shape[1]
@@ -88,7 +89,7 @@ def nf4_linear_bwd(
     blocksize: int,
     K: int,
 ) -> Tensor:
-    """dy [M, N] and addend [M, K] of one dtype, any strides -> dx [M, K] in that dtype."""
+    """dy [M, N], addend [M, K], any strides -> dx [M, K] in dy's dtype."""
     tensors = packed, absmax, nested_absmax, nested_code, nested_offset
     check_backward(dy, *tensors, addend, quant_type, blocksize, K)
     N = dy.shape[1]
