@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.kernels.lora_linear import reference
+from peft_kernels.kernels._shared import drop_levels
 
 from .derived_bounds import bounds, worst
 
@@ -163,7 +163,7 @@ def value_errors(case: LoRACase, inputs: Inputs, layer: Layer) -> dict[str, floa
     elif not seen:
         raise RuntimeError("what dropout did cannot be seen, so values cannot be checked")
     elif layer.dropout is None:
-        scaling = reference.effective_scaling(SCALING, reference.drop_threshold(case.dropout))
+        scaling = drop_levels.effective_scaling(SCALING, drop_levels.drop_threshold(case.dropout))
         truth = _truth(x, dy, weight, a, b, seen[0], scaling, rows, ranks)
     else:
         truth = _truth_of_peer(x, seen[0], dy, weight, a, b, case.dropout, rows, ranks)

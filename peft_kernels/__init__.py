@@ -8,6 +8,7 @@ from .kernels.lora_linear.autograd import lora_linear
 from .kernels.nf4.autograd import nf4_dequantize, nf4_quantize
 from .kernels.nf4_linear.autograd import nf4_linear
 from .kernels.norm.autograd import layer_norm, rms_norm
+from .kernels.qlora_linear.autograd import qlora_linear
 from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, set_adapter, trainable_parameters
 from .methods.bitfit_config import BitFitConfig
@@ -39,6 +40,7 @@ __all__ = [
     "nf4_linear",
     "nf4_quantize",
     "predict_memory",
+    "qlora_linear",
     "rms_norm",
     "save_adapter",
     "set_adapter",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peft_kernels.kernels._shared import drop_levels
 from peft_kernels.kernels.lora_linear import op, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -128,7 +129,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     # One sign: terms of 1 / length, so that the sums over K and over M are of order 1 and fp16 does not overflow.
     row = 1 / K if case.positive else K**-0.5
     dy_size = 1 / max(M, N) if case.positive else 1.0
-    threshold = reference.drop_threshold(case.dropout)
+    threshold = drop_levels.drop_threshold(case.dropout)
     weight = draw((N, K), case.dtype, row)
     return Inputs(
         x=lay_out(draw((M, K), case.dtype), case.layout),
@@ -137,7 +138,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         lora_b=draw((N, R), adapters, 1 / R if case.positive else R**-0.5),
         bias=None if bias_dtype is None else draw((N,), bias_dtype),
         seed=torch.tensor([seed * 7919 + 20], device=device) if threshold else None,
-        scaling=reference.effective_scaling(case.scaling, threshold),
+        scaling=drop_levels.effective_scaling(case.scaling, threshold),
         threshold=threshold,
         dy=lay_out(draw((M, N), case.dtype, dy_size), case.layout),
     )

@@ -3,6 +3,7 @@
 import torch
 from mutants import forward, run_fwd, sum_in_bf16, three_bit_significand, with_output, zero_last_column, zero_last_row
 
+from peft_kernels.kernels._shared import drop_levels
 from peft_kernels.kernels.lora_linear import reference
 
 
@@ -43,7 +44,7 @@ def bias_scaled(a):
 
 @forward
 def scale_without_the_dropout_factor(a):
-    return run_fwd(a, scaling=a["scaling"] * (1 - a["threshold"] / reference.DROP_LEVELS))
+    return run_fwd(a, scaling=a["scaling"] * (1 - a["threshold"] / drop_levels.DROP_LEVELS))
 
 
 @forward

@@ -6,6 +6,7 @@ import bounds
 import pytest
 import torch
 
+from peft_kernels.kernels._shared import drop_levels
 from peft_kernels.kernels.lora_linear import reference
 
 FAILURE = 1e-9
@@ -77,8 +78,8 @@ def _assert_rate(hits: torch.Tensor, rate: float, name: str) -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_keep_rate_and_independence(p):
     M, K = 512, 2048
-    threshold = reference.drop_threshold(p)
-    rate = 1 - threshold / reference.DROP_LEVELS
+    threshold = drop_levels.drop_threshold(p)
+    rate = 1 - threshold / drop_levels.DROP_LEVELS
     keep, other = (
         bounds.keep_bits(reference.dropout_mask(torch.tensor([seed]), M, K, threshold), K) for seed in (7, 8)
     )
@@ -97,11 +98,11 @@ def test_keep_rate_and_independence(p):
 @pytest.mark.parametrize("p", [0.05, 0.1, 1 / 3, 0.5, 0.9])
 def test_scaling_keeps_the_expected_value(p):
     """scaling / (1 - p) with the p that 2**16 levels can give: kept share x effective scaling = scaling."""
-    threshold = reference.drop_threshold(p)
-    kept = 1 - threshold / reference.DROP_LEVELS
-    assert abs(kept - (1 - p)) <= 0.5 / reference.DROP_LEVELS
-    assert reference.effective_scaling(2.0, threshold) * kept == pytest.approx(2.0, rel=4 * 2**-53)
+    threshold = drop_levels.drop_threshold(p)
+    kept = 1 - threshold / drop_levels.DROP_LEVELS
+    assert abs(kept - (1 - p)) <= 0.5 / drop_levels.DROP_LEVELS
+    assert drop_levels.effective_scaling(2.0, threshold) * kept == pytest.approx(2.0, rel=4 * 2**-53)
 
 
 def test_everything_dropped_scales_by_zero():
-    assert reference.effective_scaling(2.0, reference.drop_threshold(1.0)) == 0.0
+    assert drop_levels.effective_scaling(2.0, drop_levels.drop_threshold(1.0)) == 0.0

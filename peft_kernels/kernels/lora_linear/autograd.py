@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
 from ..._core.derivatives import first_only
+from .._shared.branch_checks import check_bias_and_dropout, check_branch
+from .._shared.drop_levels import drop_threshold, effective_scaling
 from . import op
-from .reference import drop_threshold, effective_scaling
 
 _NAME = "lora_linear"
 _ONCE = "lora_linear has no second derivative: use the reference for double backward"
@@ -50,35 +51,15 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _check(x, weight, lora_a, lora_b, bias, dropout_p) -> None:
-    device = x.device
-    check_kind(_NAME, "x", x, device)
-    check_kind(_NAME, "lora_a", lora_a, device)
-    check_kind(_NAME, "lora_b", lora_b, device)
-    if x.dim() < 1:
-        refuse(_NAME, "x", x, "at least one dimension, [..., K]")
-    K = x.shape[-1]
-    if weight is not None and lora_a.dim() == weight.dim() == 2 and weight.shape[1] == lora_a.shape[1] != K:
-        refuse(_NAME, "x", x, f"[..., {weight.shape[1]}] to match weight {list(weight.shape)}")
-    if lora_a.dim() != 2 or lora_a.shape[1] != K:
-        refuse(_NAME, "lora_a", lora_a, f"[R, {K}] to match x [..., {K}]")
-    R = lora_a.shape[0]
-    if R < 1:
-        refuse(_NAME, "lora_a", lora_a, "a rank R of at least 1")
-    if lora_b.dim() != 2 or lora_b.shape[1] != R:
-        refuse(_NAME, "lora_b", lora_b, f"[N, {R}] to match lora_a [{R}, {K}]")
-    N = lora_b.shape[0]
+    check_branch(_NAME, x, lora_a, lora_b, getattr(weight, "shape", None))
+    N, K = lora_b.shape[0], x.shape[-1]
     if weight is not None:
-        check_kind(_NAME, "weight", weight, device)
+        check_kind(_NAME, "weight", weight, x.device)
         if weight.shape != (N, K):
             refuse(_NAME, "weight", weight, f"[{N}, {K}]")
-        if weight.dtype != x.dtype and not autocasts(device):
+        if weight.dtype != x.dtype and not autocasts(x.device):
             refuse(_NAME, "weight", weight, f"x's dtype, {x.dtype}")
-    if bias is not None:
-        check_kind(_NAME, "bias", bias, device)
-        if bias.shape != (N,):
-            refuse(_NAME, "bias", bias, f"[{N}]")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"lora_linear: dropout_p is {dropout_p}; expected a probability in [0, 1]")
+    check_bias_and_dropout(_NAME, x, bias, N, dropout_p)
 
 
 def lora_linear(

@@ -10,29 +10,16 @@ Notation: x [M, K], weight [N, K], lora_a [R, K], lora_b [N, R], s = drop(x) @ l
     dbias   = dy.sum(0)
 
 Only the low-rank product is scaled. drop zeroes elements by a 1-bit mask and does not rescale: the
-factor 1 / (1 - p) is the same for every element, so it lives in `scaling` (`effective_scaling`).
+factor 1 / (1 - p) is the same for every element, so it lives in `scaling` (`_shared.drop_levels`).
 """
 
 import torch
 from torch import Tensor
 
-DROP_LEVELS = 1 << 16
-"""Dropout compares 16 random bits with a threshold: p is rounded to a multiple of 2**-16."""
-
 PHILOX_ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al. 2011, Random123, table 2)
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
-
-
-def drop_threshold(dropout_p: float) -> int:
-    """dropout_p in [0, 1] -> how many of the 2**16 levels are dropped."""
-    return round(dropout_p * DROP_LEVELS)
-
-
-def effective_scaling(scaling: float, threshold: int) -> float:
-    """scaling / (1 - p) for the p that the threshold really gives; 0 when everything is dropped."""
-    return scaling * DROP_LEVELS / (DROP_LEVELS - threshold) if threshold < DROP_LEVELS else 0.0
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""The LoRA linear over a 4-bit base: QLoRA."""
