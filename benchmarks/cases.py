@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm
+from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm, qlora_linear
 from .bias_act import ActCase
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
@@ -122,6 +122,17 @@ PRIMITIVES = {
         },
         norm.of_layers,
         work=norm.work,
+    ),
+    "qlora_linear": Primitive(
+        qlora_linear.contenders,
+        {
+            "gpu": [LoRACase(M, 4096, 4096, 16, torch.bfloat16) for M in (1, 16, 512, 2048, 8192)]
+            + [LoRACase(8192, 4096, 4096, 64, torch.bfloat16, 0.1), LoRACase(8192, 14336, 4096, 16, torch.bfloat16)],
+            "tiny": [LoRACase(M, 96, 64, 4, torch.bfloat16, p) for M in (1, 70) for p in (0.0, 0.1)],
+            "cpu": [LoRACase(M, 2048, 2048, 16, dtype) for dtype in (torch.float32, torch.bfloat16) for M in (1, 2048)],
+            "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
+        },
+        qlora_linear.of_layers,
     ),
 }
 
