@@ -16,7 +16,7 @@ from .methods.coverage import coverage
 from .methods.inject import inject
 from .methods.lora_config import LoraConfig
 from .methods.merging import merge, unmerge
-from .nn import BiasLinear, FusedLayerNorm, FusedLoRALinear, FusedRMSNorm
+from .nn import BiasLinear, FusedLayerNorm, FusedLoRALinear, FusedRMSNorm, NF4Linear
 
 __all__ = [
     "BiasLinear",
@@ -25,6 +25,7 @@ __all__ = [
     "FusedLoRALinear",
     "FusedRMSNorm",
     "LoraConfig",
+    "NF4Linear",
     "NF4Weight",
     "accelerate",
     "bias_linear",

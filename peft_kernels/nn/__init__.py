@@ -3,5 +3,6 @@
 from .bias_linear import BiasLinear
 from .layer_norm import FusedLayerNorm, FusedRMSNorm
 from .lora_linear import FusedLoRALinear
+from .nf4_linear import NF4Linear
 
-__all__ = ["BiasLinear", "FusedLayerNorm", "FusedLoRALinear", "FusedRMSNorm"]
+__all__ = ["BiasLinear", "FusedLayerNorm", "FusedLoRALinear", "FusedRMSNorm", "NF4Linear"]
