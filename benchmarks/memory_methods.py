@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from peft_kernels import offloaded_adamw
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """As the options of commands call them."""
 
@@ -61,6 +63,15 @@ class Method:
     unpredicted: str = ""  # why its step runs on real tensors only, and has no prediction
     cuda_only: bool = False  # its kernels run on no CPU
     implementation: str = ""  # the peer's version, where the rows have no column for it
+    optimizer: str = ""  # the one that belongs to the method, whichever is asked for; "" for that
+
+    def stateless_with(self, optimizer: str) -> bool:
+        """Whether it trains without states on a GPU where that optimizer is asked for."""
+        return (self.optimizer or optimizer) in ("adamw-offloaded", "sgd")
+
+    def update(self, optimizer: str) -> Callable[..., torch.optim.Optimizer]:
+        """(trainable parameters) -> the optimizer it trains with where that one is asked for."""
+        return OPTIMIZERS[self.optimizer or optimizer]
 
     def missing_on(self, device: str) -> str:
         """Why it cannot run on a device; "" where it can."""
@@ -152,5 +163,11 @@ def sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-3, foreach=True)
 
 
-OPTIMIZERS = {"adamw": adamw, "adamw-fused": partial(adamw, fused=True), "sgd": sgd}
-"""By what they hold: adamw is Torch's default on a GPU (foreach), sgd has no states."""
+OPTIMIZERS = {
+    "adamw": adamw,
+    "adamw-fused": partial(adamw, fused=True),
+    "adamw-offloaded": offloaded_adamw,
+    "sgd": sgd,
+}
+"""By what they hold: adamw is Torch's default on a GPU (foreach), adamw-offloaded has its states in host memory, and
+sgd has none."""

@@ -13,7 +13,7 @@ from .architectures import Architecture
 from .failures import FAILURES, because
 from .footprint import storage_bytes
 from .measure import Contender
-from .memory_methods import OPTIMIZERS, Method, Options, Unsuited
+from .memory_methods import Method, Options, Unsuited
 from .models import sharing_copy
 from .step_loss import FirstLosses, rounding_bound
 
@@ -157,7 +157,7 @@ class Field:
         try:
             model = copy.deepcopy(self.base) if trains_base(method) else sharing_copy(self.base)
             model = method.adapt(model, self.case.options).train()
-            optimizer = OPTIMIZERS[self.case.optimizer]([p for p in model.parameters() if p.requires_grad])
+            optimizer = method.update(self.case.optimizer)([p for p in model.parameters() if p.requires_grad])
         except Unsuited as error:
             found.missing = str(error)
             return

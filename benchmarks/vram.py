@@ -96,11 +96,13 @@ class Question:
 
     def predict(self, method: Method, batch: int | None = None, seq: int | None = None) -> Prediction:
         sizes = self.architecture.batch(batch or self.batch, seq or self.seq)
-        return predict_memory(partial(self.model, method), sizes, optimizer=OPTIMIZERS[self.optimizer], arch=self.arch)
+        return predict_memory(
+            partial(self.model, method), sizes, optimizer=method.update(self.optimizer), arch=self.arch
+        )
 
     def estimate(self, method: Method) -> Estimate:
         found = method.estimate(self._without_memory, self.options)
-        return replace(found, optimizer=0.0) if self.optimizer == "sgd" else found
+        return replace(found, optimizer=0.0) if method.stateless_with(self.optimizer) else found
 
     @cached_property
     def _without_memory(self) -> nn.Module:

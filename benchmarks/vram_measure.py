@@ -17,7 +17,7 @@ from peft_kernels.memory.replay import Moment, Replay
 
 from .footprint import storage_bytes
 from .held import held_by
-from .memory_methods import OPTIMIZERS, Method
+from .memory_methods import Method
 
 COUNTED = ("weights", "gradients", "optimizer", "inputs")
 """The kinds that are measured tensor by tensor."""
@@ -105,7 +105,7 @@ def measure(question, method: Method, device: str, snapshot: Path | None = None)
     _clear(device)  # nor is what making it took
     sizes = question.architecture.batch(question.batch, question.seq)
     batch = {name: tensor.to(device) for name, tensor in sizes.items()}
-    optimizer = OPTIMIZERS[question.optimizer](p for p in model.parameters() if p.requires_grad)
+    optimizer = method.update(question.optimizer)(p for p in model.parameters() if p.requires_grad)
     phases, saved = step(model, batch, optimizer, snapshot=snapshot)
     # Every phase resets the peak, to what is reserved then: all that was since the cache was emptied, on a roomy card.
     return Replay(phases, torch.cuda.max_memory_reserved() if device == "cuda" else None, saved, saved)

@@ -9,6 +9,7 @@ from .kernels.nf4.autograd import nf4_dequantize, nf4_quantize
 from .kernels.nf4_linear.autograd import nf4_linear
 from .kernels.norm.autograd import layer_norm, rms_norm
 from .kernels.qlora_linear.autograd import qlora_linear
+from .memory.offload import offloaded_adamw
 from .memory.predict import predict_memory
 from .methods.adapters import delete_adapter, disable_adapter, set_adapter, trainable_parameters
 from .methods.bitfit_config import BitFitConfig
@@ -40,6 +41,7 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "nf4_quantize",
+    "offloaded_adamw",
     "predict_memory",
     "qlora_linear",
     "rms_norm",

@@ -106,7 +106,7 @@ def _record(
                 recorder.phase, recorder.in_head = "step", False
                 optimizer.step()
                 recorder.hold(optimizer_states(optimizer), "optimizer")
-                recorder.leave_on_host(_host_scalars(optimizer))
+                recorder.leave_on_host(_on_host(optimizer))
                 optimizer.zero_grad()
                 gc.collect()
     finally:
@@ -149,9 +149,11 @@ def optimizer_states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def _host_scalars(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Step counters, which Torch's optimizers keep on the host unless they are fused or capturable."""
-    found = []
+def _on_host(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """States that a GPU does not hold: those that the optimizer says are offloaded (`offloaded_adamw`), and step
+    counters, which Torch's optimizers keep on the host unless they are fused or capturable."""
+    offloaded = getattr(optimizer, "host_states", None)
+    found = offloaded() if offloaded else []
     for group in optimizer.param_groups:
         if not (group.get("fused") or group.get("capturable")):
             states = (optimizer.state.get(parameter, {}) for parameter in group["params"])
