@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 from peft_kernels._core.registry import OWNERS
 
+from .bitsandbytes_layers import linear4bit
 from .environment import version
 from .failures import FAILURES, because
 from .held import saved_bytes
@@ -63,32 +64,6 @@ def dequantised(case: LoRACase, inputs: QLoRAInputs) -> Layer:
     return Layer(forward, (a, b), dropout)
 
 
-def as_bitsandbytes(case: LoRACase, inputs: QLoRAInputs) -> nn.Module:
-    """bitsandbytes' Linear4bit over the very same bytes."""
-    import bitsandbytes as bnb  # a peer: only here when it is installed
-    from bitsandbytes.functional import QuantState, get_4bit_type
-
-    q, device = inputs.quantised, inputs.x.device
-    second = QuantState(absmax=q.nested_absmax, code=q.nested_code, blocksize=256, dtype=torch.float32)
-    state = QuantState(
-        absmax=q.absmax,
-        shape=torch.Size(q.shape),
-        code=get_4bit_type("nf4", device=device),
-        blocksize=q.blocksize,
-        quant_type="nf4",
-        dtype=case.dtype,
-        offset=q.nested_offset.squeeze(),
-        state2=second,
-    )
-    linear = bnb.nn.Linear4bit(
-        case.K, case.N, bias=False, compute_dtype=case.dtype, compress_statistics=True, quant_type="nf4", device="meta"
-    )
-    linear.weight = bnb.nn.Params4bit(
-        q.packed.view(-1, 1), requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4"
-    )
-    return linear
-
-
 def peft_layer(case: LoRACase, inputs: QLoRAInputs) -> Layer:
     """PEFT's LoRA layer over Linear4bit, with the same adapter values in the base's compute dtype."""
     from peft import LoraConfig, get_peft_model
@@ -96,7 +71,7 @@ def peft_layer(case: LoRACase, inputs: QLoRAInputs) -> Layer:
     config = LoraConfig(
         r=case.R, lora_alpha=round(SCALING * case.R), lora_dropout=case.dropout, target_modules=["linear"]
     )
-    base = nn.Sequential(OrderedDict(linear=as_bitsandbytes(case, inputs)))
+    base = nn.Sequential(OrderedDict(linear=linear4bit(inputs.quantised, case.dtype)))
     layer = get_peft_model(base, config, autocast_adapter_dtype=False).train().base_model.model.linear
     a, b = layer.lora_A["default"].to(case.dtype).weight, layer.lora_B["default"].to(case.dtype).weight
     a.data.copy_(inputs.lora_a.detach())

@@ -1,0 +1,40 @@
+"""bitsandbytes' layers over this package's 4-bit weights: the peer on the very same bytes."""
+
+import torch
+from torch import nn
+
+import peft_kernels as pk
+
+
+def linear4bit(weight: pk.NF4Weight, compute_dtype: torch.dtype, bias: nn.Parameter | None = None) -> nn.Module:
+    """bnb.nn.Linear4bit that holds `weight` [N, K] itself, no copy; double quantisation is expected."""
+    import bitsandbytes as bnb  # a peer: only here when it is installed
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    second = QuantState(absmax=weight.nested_absmax, code=weight.nested_code, blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size(weight.shape),
+        code=get_4bit_type(weight.quant_type, device=weight.device),
+        blocksize=weight.blocksize,
+        quant_type=weight.quant_type,
+        dtype=weight.dtype,
+        offset=weight.nested_offset.squeeze(),
+        state2=second,
+    )
+    (N, K), settings = weight.shape, {"compress_statistics": True, "quant_type": weight.quant_type}
+    linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=compute_dtype, device="meta", **settings)
+    packed = weight.packed.view(-1, 1)
+    linear.weight = bnb.nn.Params4bit(
+        packed, False, quant_state=state, bnb_quantized=True, quant_type=weight.quant_type
+    )
+    linear.bias = bias
+    return linear
+
+
+def with_linear4bit(model: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+    """`model` with Linear4bit in the place of each NF4Linear."""
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, pk.NF4Linear)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear4bit(layer.nf4_weight(), compute_dtype, layer.bias))
+    return model
