@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -21,6 +22,11 @@ def check_kind(function: str, name: str, tensor: Tensor, device: torch.device) -
         refuse(function, name, tensor, "a floating dtype: float16, bfloat16, float32 or float64")
     if tensor.device != device:
         refuse(function, name, tensor, f"the device of x, {device}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values can be asked for: not of a tensor on meta, nor in a memory prediction."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 def autocasts(device: torch.device) -> bool:

@@ -10,7 +10,6 @@ scale[b] = nested_code[absmax[b]] * nested_absmax[b // 256] + nested_offset, a p
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from math import prod
 
 import torch
@@ -73,19 +72,23 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
 
-@cache
-def _nested_code() -> Tensor:
+def _nested_code() -> tuple[float, ...]:
     magnitudes = []
     for exponent in range(7):  # decade 10^(exponent - 6) has 2^exponent values, in the middles of equal steps
         steps = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         magnitudes.append(10 ** (exponent - 6) * ((steps[:-1] + steps[1:]) / 2))
     positive = torch.cat(magnitudes)
-    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
+    return tuple(torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values.tolist())
+
+
+# Made once, at import: a tensor made later might be one without values, of a memory prediction.
+NESTED_CODE = _nested_code()
+"""256 values, ascending: the signed dynamic map of Dettmers 2015 (arXiv 1511.04561), in which scales are stored."""
 
 
 def nested_code(device: torch.device | str = "cpu") -> Tensor:
-    """fp32 [256], ascending: the signed dynamic map of Dettmers 2015 (arXiv 1511.04561), in which scales are stored."""
-    return _nested_code().to(device, copy=True)
+    """NESTED_CODE as fp32 [256]."""
+    return torch.tensor(NESTED_CODE, dtype=torch.float32, device=device)
 
 
 def check_type(caller: str, quant_type: str, blocksize: int) -> None:

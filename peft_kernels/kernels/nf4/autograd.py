@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..._core.checks import refuse
+from ..._core.checks import has_values, refuse
 from ...formats.nf4 import NF4Weight, nested_code
 from . import op
 
@@ -26,7 +26,7 @@ def nf4_quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, d
     if not isinstance(weight, Tensor):
         raise ValueError(f"nf4_quantize: weight is {weight!r}; expected a tensor")
     packed, absmax = op.nf4_quantize(weight.detach(), quant_type, blocksize)
-    if not weight.is_meta and not bool(absmax.isfinite().all()):
+    if has_values(weight) and not bool(absmax.isfinite().all()):
         refuse("nf4_quantize", "weight", weight, "finite values; it holds NaN or an infinity")
     nested = None, None, None
     if double_quant:
