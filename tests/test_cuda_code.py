@@ -29,6 +29,8 @@ WANTED = {
 WANTED_GENERAL = {
     "act.cu": ("LDG.E.128", "STG.E.128"),
     "bias_grad.cu": ("LDG.E.128",),
+    "nf4_dequantize.cu": ("LDG.E.EF", "STG.E.128", "STG.E.EF.128"),
+    "nf4_quantize.cu": ("LDG.E.EF.128",),
     "norm_fwd.cu": ("LDG.E.EF.128", "STG.E.128", "MUFU.RSQ"),
     "norm_bwd.cu": ("LDG.E.EF.128", "STG.E.128"),
     "probe.cu": ("HMMA.16816.F32.BF16",),
@@ -40,11 +42,17 @@ _ACT |= {"8WideReluI": 128, "7AnyReluI": 128}
 MOST_REGISTERS = {
     "act.cu": _ACT,
     "bias_grad.cu": {"WideRows": 80, "AnyRows": 48},
+    "nf4_dequantize.cu": {"Lb1ELb0E": 64, "Lb1ELb1E": 64, "Lb0ELb0E": 80, "Lb0ELb1E": 80},
+    "nf4_quantize.cu": {"nf4_quantize_kernel": 80, "nf4_quantize_scales_kernel": 64},
     "norm_fwd.cu": {"held_kernel": 80, "looped_kernel": 64},
     "norm_bwd.cu": {"rows_kernel": 128, "looped_kernel": 64, "parts_kernel": 48},
     "probe.cu": {"kernel": 64},
 }
 """By a part of the kernel's name: what its launch bounds leave a thread (act, bias_grad: 256 threads, 2-5 blocks)."""
+
+
+RECIPROCAL = re.compile(r"FADD\.FTZ R\d+, -R\d+, -RZ ;|FSETP\.NEU\.FTZ")
+"""Within __frcp_rn, which is right for subnormals too: a change of sign, and a look whether it has to take care."""
 
 
 def compiled(source: Path, out: Path, arch: str = "90a") -> str:
@@ -130,6 +138,25 @@ def check_norm(sass: str) -> None:
         assert narrow <= allowed, f"{narrow} stores of less than 16 bytes in {name}"
 
 
+def check_nf4_dequantize(sass: str) -> None:
+    """Codes and scales of eight pieces on their way before anything is multiplied, and every piece one store."""
+    kernels = [kernel for kernel in sass.split("Function : ")[1:] if "Lb1ELb" in kernel.partition("\n")[0]]
+    assert len(kernels) == 3 * 2
+    for kernel in kernels:
+        name, nested = kernel.partition("\n")[0], "Lb1ELb1E" in kernel.partition("\n")[0]
+        loads = len(re.findall(r"\bLDG\.E", re.split(r"\b(?:FMUL|STG)\b", kernel)[0]))
+        assert loads >= (8 * 4 if nested else 8 * 2), f"{loads} loads in flight in {name}"
+        assert len(re.findall(r"\bSTG\.E\.(?:EF\.)?128", kernel)) == 2 * 8, name
+
+
+def check_nf4_quantize(sass: str) -> None:
+    """Four pieces on their way before the first is looked at, by one load each."""
+    kernels = [kernel for kernel in sass.split("Function : ")[1:] if re.search(r"kernelI.*Lb1ELb", kernel[:200])]
+    assert len(kernels) == 3 * 2
+    for kernel in kernels:
+        assert len(re.findall(r"\bLDG\.E\.EF\.128", kernel.partition("SHFL")[0])) == 4, kernel.partition("\n")[0]
+
+
 def check_act(sass: str) -> None:
     """Both operands of four rows on their way before anything is added, and no dz in pieces."""
     kernels = [kernel for kernel in sass.split("Function : ")[1:] if "Wide" in kernel.partition("\n")[0]]
@@ -151,13 +178,18 @@ def test_general_kernels(source, arch, tmp_path):
     for opcode in WANTED_GENERAL[source.name]:
         assert opcode in sass, f"{source.name}: no {opcode}"
     # Flushing subnormals would lose what compensation keeps.
-    assert not re.search(r"\b(FADD|FMUL|FFMA|FSETP)\S*\.FTZ", sass)
+    flushed = re.findall(r"\b(?:FADD|FMUL|FFMA|FSETP)\S*\.FTZ.*;", sass)
+    assert not [one for one in flushed if not RECIPROCAL.match(one) or source.name != "nf4_quantize.cu"], flushed
     if source.name == "bias_grad.cu":
         check_bias_grad(sass)
     if source.name.startswith("norm"):
         check_norm(sass)
     if source.name == "act.cu":
         check_act(sass)
+    if source.name == "nf4_dequantize.cu":
+        check_nf4_dequantize(sass)
+    if source.name == "nf4_quantize.cu":
+        check_nf4_quantize(sass)
 
 
 def test_loads_in_flight_are_counted():

@@ -161,12 +161,17 @@ void __stwb(T* p, T value) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(T) != 0) simt::fail("store of %zu bytes to %p", sizeof(T), p);
   *p = value;
 }
+template <typename T>
+void __stcs(T* p, T value) {
+  __stwb(p, value);
+}
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
 
 // ---- csrc/common/device.cuh's own names ----
 
