@@ -94,8 +94,15 @@ def reset(lora_a: nn.Linear, lora_b: nn.Linear, spec: AdapterSpec) -> None:
         nn.init.zeros_(lora_b.bias)
 
 
-def new_adapter(spec: AdapterSpec, weight: torch.Tensor, in_features: int, out_features: int, dtype=None) -> Adapter:
-    """A freshly initialised adapter for a base layer with this weight, of `dtype` (default: `default_dtype`).
+def new_adapter(
+    spec: AdapterSpec,
+    device: torch.device,
+    base_dtype: torch.dtype,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """A freshly initialised adapter for a base layer of `base_dtype`, of `dtype` (default: `default_dtype`).
 
     Draws from Torch's generator exactly what HF PEFT draws for the layer (two nn.Linear, then A again) and rounds
     through the base's dtype as it does, so that one seed gives both the same adapters.
@@ -109,7 +116,7 @@ def new_adapter(spec: AdapterSpec, weight: torch.Tensor, in_features: int, out_f
     def place(parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:
             return None
-        placed = parameter.detach().to(weight.device, weight.dtype)
-        return nn.Parameter(placed.to(dtype or default_dtype(weight.dtype)))
+        placed = parameter.detach().to(device, base_dtype)
+        return nn.Parameter(placed.to(dtype or default_dtype(base_dtype)))
 
     return Adapter(spec, place(lora_a.weight), place(lora_b.weight), place(lora_b.bias))

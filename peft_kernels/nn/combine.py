@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats.nf4 import NF4Weight
 from ..kernels.lora_linear.autograd import lora_linear
+from ..kernels.qlora_linear.autograd import qlora_linear
 
 
 class Branch(NamedTuple):
@@ -65,10 +67,11 @@ def _effective_bias(bias: Tensor | None, branches: list[Branch]) -> Tensor | Non
     return bias
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
+def adapted_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, branches: list[Branch]) -> Tensor:
     """x [..., K] -> [..., N]: the base linear with every branch added; at least one branch. The base runs once."""
     first, *rest = calls(branches)
-    y = lora_linear(x, weight, *side_by_side(first), _effective_bias(bias, branches), first[0].dropout_p)
+    linear = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
+    y = linear(x, weight, *side_by_side(first), _effective_bias(bias, branches), first[0].dropout_p)
     for call in rest:
         y = y + lora_linear(x, None, *side_by_side(call), None, call[0].dropout_p)
     return y

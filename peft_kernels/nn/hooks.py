@@ -16,8 +16,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _AT_CALLS)
 
 
-def immovable(module: nn.Module) -> str | None:
-    """Why the hooks of a linear layer cannot go over to the fused layer in its place; None when they can."""
+def immovable(module: nn.Module, own: tuple[str, ...] = ("weight", "bias")) -> str | None:
+    """Why the hooks of a linear layer cannot go over to the fused layer in its place; None when they can.
+
+    own: what the fused layer holds of it.
+    """
     hooks = [hook for name in (*_AT_CALLS, *_AT_STATE) for hook in getattr(module, name).values()]
     if not hooks:
         return None
@@ -33,7 +36,7 @@ def immovable(module: nn.Module) -> str | None:
         if getattr(hook, "__self__", None) is module:
             return f"its hook {hook.__name__} is a method of the layer itself and would go on with the one replaced"
     held = [*module._parameters, *module._buffers, *module._modules]
-    more = ", ".join(name for name in held if name not in ("weight", "bias"))
+    more = ", ".join(name for name in held if name not in own)
     return f"it has hooks and, beside weight and bias, {more}, which a fused layer would not hold" if more else None
 
 

@@ -4,31 +4,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.nf4_linear.autograd import nf4_linear
 from .adapter import Adapter, AdapterSpec, check_name, name_list, new_adapter
-from .base_linear import conv1d_class, refusal
+from .base_linear import conv1d_class
+from .bases import base_refusal
 from .combine import Branch, RunsLoRALinear, adapted_linear
 from .dispatch import give_dispatch, take_dispatch
 from .hooks import move_hooks
-from .merging import Mergeable
+from .nf4_base import NF4Base
+from .nf4_linear import NF4Linear
+from .quantisable import Quantisable
 
 
-class FusedLoRALinear(RunsLoRALinear, Mergeable):
+class FusedLoRALinear(RunsLoRALinear, Quantisable):
     """y = x W^T + bias + sum over active adapters of scaling_i (dropout_i(x) A_i^T B_i^T + lora_bias_i).
 
     Built by `from_linear`; holds the wrapped layer's very own `weight` and `bias` Parameters under the same names, so
     checkpoints of the base model still fit, and the adapters as `lora_A.<name>` [R, K], `lora_B.<name>` [N, R] and
     `lora_bias.<name>` [N]. fan_in_fan_out says that weight is [K, N] (transformers' Conv1D).
 
+    Over a 4-bit base it holds NF4Linear's Parameters, and computes in the input's dtype (QLoRA).
+
     `state_dict()` describes the layer without merging, also while adapters are merged (see `merge`); loading one into
     a merged layer unmerges it first. Hooks see the layer's input and its output with the adapters in it.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, fan_in_fan_out: bool = False):
+    def __init__(self, weight: nn.Parameter | NF4Base, bias: nn.Parameter | None = None, fan_in_fan_out: bool = False):
         super().__init__()
-        self.weight = weight
+        if isinstance(weight, NF4Base):
+            self.adopt(weight)
+            self.out_features, self.in_features = weight.quantised.shape
+        else:
+            self.weight = weight
+            self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
         self.register_parameter("bias", bias)
         self.fan_in_fan_out = fan_in_fan_out
-        self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.lora_bias = nn.ParameterDict()
@@ -42,12 +52,14 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         """The layer without adapters yet, on the same Parameters; `linear` keeps its hooks until `take_over`.
 
         Raises:
-            ValueError: `linear` is not an nn.Linear or Conv1D that can be wrapped, with the reason.
+            ValueError: `linear` is not an nn.Linear, Conv1D or NF4Linear that can be wrapped, with the reason.
         """
-        reason = refusal(linear)
+        reason = base_refusal(linear)
         if reason is not None:
             raise ValueError(f"FusedLoRALinear cannot wrap this layer: {reason}")
-        layer = cls(linear.weight, linear.bias, fan_in_fan_out=conv1d_class(linear) is not None)
+        small = isinstance(linear, NF4Linear)
+        conv1d = linear.conv1d if small else conv1d_class(linear)
+        layer = cls(linear if small else linear.weight, linear.bias, fan_in_fan_out=conv1d is not None)
         return layer.train(linear.training)
 
     def take_over(self, linear: nn.Module) -> None:
@@ -72,8 +84,11 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         init_lora_weights: bool | str = True,
         adapter_name: str = "default",
         adapter_dtype: torch.dtype | None = None,
+        base: str | None = None,
+        blocksize: int = 64,
+        double_quant: bool = False,
     ) -> "FusedLoRALinear":
-        """Wrap an nn.Linear or transformers Conv1D, whose Parameters are shared (no copy) and frozen here.
+        """Wrap an nn.Linear, transformers Conv1D or NF4Linear, whose Parameters are shared (no copy) and frozen here.
 
         Its hooks move to the new layer, with their handles, and get that layer as their `module`; HF accelerate's for
         a device_map too.
@@ -85,14 +100,18 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
             lora_dropout: probability in [0, 1) of dropping an element of x on the low-rank branch while training.
             lora_bias: give B a trainable bias [N], scaled with the product.
             init_lora_weights: True, "gaussian" or False, as HF PEFT draws them.
-            adapter_dtype: default fp32 over a 16-bit base, else the base's dtype.
+            adapter_dtype: default fp32 over a 16-bit or 4-bit base, else the base's dtype.
+            base: "nf4" or "fp4" quantises the weight (see NF4Linear), with this blocksize and double_quant; `linear`
+                keeps its own. None leaves it as it is.
 
         Raises:
             ValueError: an argument out of range, or a layer that cannot be wrapped.
         """
         spec = AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights)
         layer = cls.wrap(linear)
-        layer.attach(adapter_name, layer.new_adapter(spec, adapter_dtype))
+        layer.attach(adapter_name, layer.new_adapter(spec, adapter_dtype, in_4_bits=base is not None))
+        if base is not None:
+            layer.quantize_base(base, blocksize, double_quant)
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -100,9 +119,15 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         layer.take_over(linear)
         return layer
 
-    def new_adapter(self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None) -> Adapter:
-        """Parameters for one more adapter of this layer, not yet attached."""
-        return new_adapter(spec, self.weight, self.in_features, self.out_features, adapter_dtype)
+    def new_adapter(
+        self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None, in_4_bits: bool = False
+    ) -> Adapter:
+        """Parameters for one more adapter of this layer, not yet attached. in_4_bits: the base will be.
+
+        A 4-bit base has no dtype to round through, as HF PEFT has it: adapters are drawn in fp32.
+        """
+        dtype = torch.float32 if in_4_bits or self.quantised is not None else self.weight.dtype
+        return new_adapter(spec, self.weight.device, dtype, self.in_features, self.out_features, adapter_dtype)
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Add an adapter under `name`: frozen and inactive until `set_adapter`.
@@ -195,16 +220,22 @@ class FusedLoRALinear(RunsLoRALinear, Mergeable):
         ]
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., K] in weight's dtype (under autocast any floating dtype) -> [..., N].
+        """input [..., K] in weight's dtype (over 4 bits or under autocast any floating dtype) -> [..., N].
 
         Named as nn.Linear's, for callers that pass it by name.
         """
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         branches = self.branches()
+        if self.quantised is not None:
+            small = self.nf4_weight()
+            return (
+                adapted_linear(input, small, self.bias, branches) if branches else nf4_linear(input, small, self.bias)
+            )
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return adapted_linear(input, weight, self.bias, branches) if branches else F.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += "" if self.quantised is None else f", base=({self.nf4_repr()})"
         for name, spec in self.specs.items():
             active = ", active" if name in self._active else ""
             text += f", {name}(r={spec.r}, lora_alpha={spec.lora_alpha}, dropout={spec.lora_dropout}{active})"

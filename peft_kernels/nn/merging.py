@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import name_list
+from .nf4_base import NF4Base
+
+INTO_4_BITS = (
+    "cannot merge into a 4-bit weight: quantised anew, it would be another function than the one that was trained. "
+    "Dequantise the base first (dequantize_base of a layer, peft_kernels.dequantize of a model)"
+)
 
 
 def _checked(merged: Tensor, what: str, names: list[str]) -> None:
@@ -53,7 +59,7 @@ def merged_tensors(layer: nn.Module, names: list[str], safe_merge: bool) -> tupl
     return weight, bias
 
 
-class Mergeable(nn.Module):
+class Mergeable(NF4Base):
     """A layer whose adapters can be merged into its weight and bias, and taken out again.
 
     A state_dict is always that of the layer without merging: the base weight and bias beside the adapters.
@@ -92,7 +98,7 @@ class Mergeable(nn.Module):
         merged adapters are deleted, which makes the merged weight the base weight. `parameters()` are merged.
 
         Raises:
-            RuntimeError: already merged; or lora_bias to merge and no base bias.
+            RuntimeError: already merged; a 4-bit base weight; or lora_bias to merge and no base bias.
             ValueError: an adapter unknown or named twice; or, with safe_merge, a merged value that is not finite.
         """
         names = self.active_adapters if adapter_names is None else name_list(adapter_names)
@@ -100,6 +106,8 @@ class Mergeable(nn.Module):
         self._refuse_merged("merge")
         if not names:
             return
+        if self.quantised is not None:
+            raise RuntimeError(INTO_4_BITS)
         weight, bias = merged_tensors(self, names, safe_merge)
         if restorable:
             old_bias = None if bias is None else self.bias.detach().to("cpu", copy=True)

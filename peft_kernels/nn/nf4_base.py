@@ -51,6 +51,12 @@ class NF4Base(nn.Module):
             weight.shape, weight.dtype, weight.quant_type, weight.blocksize, stored.offset, stored.storage
         )
 
+    def adopt(self, other: "NF4Base") -> None:
+        """Take the very Parameters of another layer's 4-bit weight."""
+        for name in NAMES:
+            self.register_parameter(name, other._parameters[name])
+        self.quantised = other.quantised
+
     def nf4_weight(self) -> NF4Weight:
         """[N, K]: the Parameters as they are now, not a copy."""
         own, parameters = self.quantised, self._parameters

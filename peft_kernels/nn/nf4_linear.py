@@ -40,6 +40,9 @@ class NF4Linear(NF4Base):
         ValueError: a setting that is not one of these.
     """
 
+    conv1d: type[nn.Module] | None = None
+    """transformers' Conv1D, where the layer stands for one."""
+
     def __init__(
         self,
         in_features: int,
@@ -112,6 +115,7 @@ class NF4Linear(NF4Base):
             raise ValueError(f"NF4Linear cannot replace this layer: {reason}")
         weight = linear.weight if conv1d_class(linear) is None else linear.weight.t()
         layer = cls._of(quantised(weight, quant_type, blocksize, double_quant), linear.bias)
+        layer.conv1d = conv1d_class(linear)
         hook = take_dispatch(linear)
         move_hooks(linear, layer)
         give_dispatch(layer, hook)
@@ -122,10 +126,17 @@ class NF4Linear(NF4Base):
         return nf4_dequantize(self.nf4_weight(), dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An nn.Linear with the dequantised weight, frozen, and the very same bias; hooks stay here."""
-        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
-        layer.bias = self.bias
+        """An nn.Linear (Conv1D, where it stood for one) with the dequantised weight, frozen, and the very same bias.
+
+        Hooks stay here.
+        """
+        weight = self.dequantize(dtype)
+        if self.conv1d is None:
+            layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        else:
+            layer, weight = self.conv1d(0, 0), weight.t().contiguous()
+            layer.nx, layer.nf = weight.shape
+        layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
