@@ -17,6 +17,7 @@ from .methods.coverage import coverage
 from .methods.inject import inject
 from .methods.lora_config import LoraConfig
 from .methods.merging import merge, unmerge
+from .methods.quantise import dequantize, quantize
 from .nn import BiasLinear, FusedLayerNorm, FusedLoRALinear, FusedRMSNorm, NF4Linear
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "bias_linear",
     "coverage",
     "delete_adapter",
+    "dequantize",
     "disable_adapter",
     "inject",
     "layer_norm",
@@ -43,6 +45,7 @@ __all__ = [
     "nf4_quantize",
     "offloaded_adamw",
     "predict_memory",
+    "quantize",
     "qlora_linear",
     "rms_norm",
     "save_adapter",

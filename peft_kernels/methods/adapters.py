@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 from torch import nn
 
 from ..nn.adapter import name_list
 from ..nn.lora_linear import FusedLoRALinear
+from ..nn.nf4_base import NAMES, NF4Base
 from ..nn.trainable_copy import TrainableCopy
 from .bias_adapter import BiasAdapter, bias_adapter
 from .bitfit_config import BitFitConfig
@@ -183,6 +185,9 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
-    """How many scalars train and how many there are; shared ones count once."""
-    parameters = list(model.parameters())
-    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+    """How many scalars train and how many there are; shared ones count once, a 4-bit weight as what it stands for."""
+    small = {m.weight: m for m in model.modules() if isinstance(m, NF4Base) and m.quantised is not None}
+    inside = {id(m._parameters[name]) for m in small.values() for name in NAMES}
+    parameters = [p for p in model.parameters() if id(p) not in inside]
+    total = sum(p.numel() for p in parameters) + sum(prod(m.quantised.shape) for m in small.values())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), total)

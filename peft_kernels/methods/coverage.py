@@ -10,10 +10,13 @@ from torch import nn
 from .._core import native
 from .._core.registry import OWNERS
 from ..kernels.lora_linear.op import general_because
-from ..nn.base_linear import is_linear, read_by_parents, refusal
+from ..nn.base_linear import is_linear, read_by_parents
+from ..nn.bases import base_refusal
 from ..nn.combine import RunsLoRALinear, calls, side_by_side
 from ..nn.dispatch import replaced_forward
 from ..nn.in_place import is_bias_linear, is_norm
+from ..nn.nf4_base import NF4Base
+from ..nn.nf4_linear import NF4Linear
 from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs
 from .bias_adapter import BiasAdapter, bias_adapter
@@ -64,17 +67,34 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
     if not groups:
         if layer.merged:
             return "torch", "linear", f"{', '.join(layer.merged_adapters)} merged into the weight"
-        return "torch", "linear", "adapters disabled" if layer.disabled else "no active adapter"
+        reason = "adapters disabled" if layer.disabled else "no active adapter"
+        return _four_bits(layer, reason) if _is_small(layer) else ("torch", "linear", reason)
     kernel, reason = _owner("lora_linear_fwd", layer.weight.device.type)
-    lora_a, lora_b, _ = side_by_side(groups[0])
-    past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b, groups[0][0].dropout_p > 0)
-    if past:
-        kernel, reason = "triton" if native.HAS_TRITON else "reference", f"not by the Hopper kernels: {past}"
-    names = layer.active_adapters
+    base = "base"
+    if _is_small(layer):
+        base = f"{layer.quantised.quant_type} base"
+        by, _ = _owner("nf4_linear_fwd", layer.weight.device.type)
+        reason = "; ".join(filter(None, (reason, "" if by == kernel else f"the 4-bit weight by {by}")))
+    else:
+        lora_a, lora_b, _ = side_by_side(groups[0])
+        past = general_because(layer.weight[:1], layer.weight, lora_a, lora_b, groups[0][0].dropout_p > 0)
+        if past:
+            kernel, reason = "triton" if native.HAS_TRITON else "reference", f"not by the Hopper kernels: {past}"
+    path = " + ".join((base, *layer.active_adapters))
     if len(groups) == 1:
-        return kernel, "base + " + " + ".join(names) + " in one call", reason
+        return kernel, f"{path} in one call", reason
     extra = f"{len(groups)} calls: each adapter with dropout draws its own mask"
-    return kernel, "base + " + " + ".join(names), "; ".join(filter(None, (reason, extra)))
+    return kernel, path, "; ".join(filter(None, (reason, extra)))
+
+
+def _is_small(layer: nn.Module) -> bool:
+    return isinstance(layer, NF4Base) and layer.quantised is not None
+
+
+def _four_bits(layer: NF4Base, why: str) -> tuple[str, str, str]:
+    """For a layer over a 4-bit weight that runs without adapters."""
+    kernel, reason = _owner("nf4_linear_fwd", layer.weight.device.type)
+    return kernel, f"{layer.quantised.quant_type} linear", "; ".join(filter(None, (reason, why)))
 
 
 def _owner(op: str, device: str) -> tuple[str, str]:
@@ -113,7 +133,7 @@ def _biases(model: nn.Module, adapter: BiasAdapter, prefix: str = "") -> list[Ro
 
 
 def _left_out(model: nn.Module, name: str, module: nn.Module, bypassed: dict[int, str]) -> str:
-    reason = bypassed.get(id(module)) or refusal(module)
+    reason = bypassed.get(id(module)) or base_refusal(module)
     if reason is not None:
         return reason
     present = configs(model).values()
@@ -162,6 +182,10 @@ def coverage(model: nn.Module) -> Coverage:
             others += found
         elif isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
+        elif isinstance(module, NF4Linear):
+            why = f"no adapter: {_left_out(model, name, module, bypassed)}" if configs(model) else ""
+            rows.append(Row(name, *_four_bits(module, why)))
+            others.append(rows[-1])
         elif is_peft_layer(module):
             rows.append(Row(name, "torch", "HF PEFT", f"HF PEFT's {type(module).__name__}, not accelerated"))
         elif isinstance(module, TrainableCopy) and is_linear(module.original):

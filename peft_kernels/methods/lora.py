@@ -12,6 +12,7 @@ from ..nn.trainable_copy import TrainableCopy
 from .adapters import configs, fused_layers, register, set_adapter
 from .bias_adapter import refuse_beside_biases
 from .lora_config import LoraConfig
+from .quantise import carry_out_quantising, check_settings, check_weights, quantisable
 from .targets import pattern_value, resolve
 from .walk import new_copies, replace_modules
 
@@ -25,6 +26,14 @@ class Plan:
     adapters: dict[str, tuple[FusedLoRALinear, Adapter]] = field(default_factory=dict)
     copies: dict[str, tuple[TrainableCopy, nn.Module]] = field(default_factory=dict)
     replaced: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    quantised: list[FusedLoRALinear] = field(default_factory=list)
+    """Layers whose dense weight goes to 4 bits."""
+    others: list[nn.Module] = field(default_factory=list)
+    """Dense layers without an adapter that go to 4 bits."""
+
+    @property
+    def quantising(self) -> tuple[str, int, bool]:
+        return self.config.base, self.config.blocksize, self.config.double_quant
 
 
 def _check_adapter_name(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
@@ -41,6 +50,23 @@ def _check_adapter_name(model: nn.Module, config: LoraConfig, adapter_name: str)
         )
     if any(layer.merged for _, layer in fused_layers(model)):
         raise RuntimeError("cannot add an adapter while adapters are merged: unmerge first")
+
+
+def _plan_quantising(model: nn.Module, plan: Plan, saved: dict[str, nn.Module]) -> None:
+    """Choose and check what goes to 4 bits: the layers of the adapters, and every other linear that can."""
+    layers = {name: layer for name, (layer, _) in plan.adapters.items()}
+    for name, layer in layers.items():
+        if layer.quantised is not None:
+            check_settings(name, layer, plan.quantising)
+    dense = {name: layer for name, layer in layers.items() if layer.quantised is None}
+    others = {n: m for n, m in quantisable(model, saved.values()).items() if m not in plan.replaced}
+    if configs(model) and (dense or others):
+        raise ValueError(
+            f"base={plan.config.base!r} for adapter {plan.adapter_name!r} beside {list(configs(model))}, which are "
+            "there for the dense weights: quantise with the first adapter"
+        )
+    check_weights({name: module.weight for name, module in {**dense, **others}.items()})
+    plan.quantised, plan.others = list(dense.values()), list(others.values())
 
 
 def plan_injection(
@@ -62,7 +88,9 @@ def plan_injection(
         elif adapter_name in module.specs:
             raise ValueError(f"adapter_name {adapter_name!r} is already on layer {name}, beside {list(module.specs)}")
         spec = config.spec(pattern_value(config.rank_pattern, name), pattern_value(config.alpha_pattern, name))
-        plan.adapters[name] = layer, layer.new_adapter(spec, adapter_dtype)
+        plan.adapters[name] = layer, layer.new_adapter(spec, adapter_dtype, in_4_bits=config.base is not None)
+    if config.base is not None:
+        _plan_quantising(model, plan, resolution.modules_to_save)
     plan.copies = new_copies(resolution.modules_to_save, plan.replaced)
     return plan
 
@@ -86,6 +114,10 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     for module, wrapper in plan.replaced.items():
         if isinstance(wrapper, FusedLoRALinear):
             wrapper.take_over(module)
+    if plan.config.base is not None:
+        module = None
+        plan.replaced.clear()  # the last that held the dense weights, beside the layers themselves
+        carry_out_quantising(model, plan.quantised, plan.others, plan.quantising)
     for layer, adapter in plan.adapters.values():
         layer.attach(plan.adapter_name, adapter)
     if first:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..formats.nf4 import check_type
 from ..nn.adapter import AdapterSpec
 from .fields import (
     BOOL,
@@ -41,6 +42,7 @@ UNSUPPORTED: dict[str, tuple] = {
 """Fields of peft.LoraConfig that are not implemented, with the values that ask for nothing."""
 
 _NO_EFFECT = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_THE_BASE = ("base", "blocksize", "double_quant")
 _NAMES = (lambda value: text_or_none(value) or strings(value), "a list of names, a regular expression or None")
 _PATTERN = (lambda value: isinstance(value, dict) and strings(list(value)), "a dict from regular expressions")
 _TYPES = {
@@ -54,7 +56,9 @@ _TYPES = {
     ),
     "rank_pattern": _PATTERN,
     "alpha_pattern": _PATTERN,
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode"), BOOL),
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "lora_bias", "inference_mode", "double_quant"), BOOL),
+    "base": TEXT,
+    "blocksize": (integer, "an integer"),
     **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), TEXT),
 }
 """Field -> (whether a value is of its type, the type in words); AdapterSpec checks the other fields."""
@@ -84,6 +88,10 @@ class LoraConfig:
     lora_alpha. bias: "none", "all" or "lora_only", which base biases train. modules_to_save: names of modules that
     train whole.
 
+    base: "nf4" or "fp4" puts the base model's linear layers into 4 bits (QLoRA): those that get an adapter and all
+    others, but for the output layer and modules_to_save. blocksize, double_quant: as NF4Linear's. The three are the
+    base's settings and not the adapter's: they are not saved with it.
+
     Raises:
         ValueError: a value that is out of range or not supported, naming the field.
     """
@@ -107,6 +115,9 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    base: str | None = None
+    blocksize: int = 64
+    double_quant: bool = False
 
     def __post_init__(self):
         make_plain(self)
@@ -120,6 +131,10 @@ class LoraConfig:
                 raise ValueError(f"{name} needs target_modules as a list of names, got {self.target_modules!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
+        if self.base is not None:
+            check_type("base", self.base, self.blocksize)
+        elif self.double_quant or self.blocksize != 64:
+            raise ValueError("blocksize and double_quant are settings of base='nf4' or 'fp4', got base=None")
         self.spec()
         for pattern in {**self.rank_pattern, **self.alpha_pattern}:
             self.spec(self.rank_pattern.get(pattern), self.alpha_pattern.get(pattern))
@@ -142,7 +157,8 @@ class LoraConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
-        return {**dataclasses.asdict(self), "peft_type": "LORA"}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _OF_THE_BASE}
+        return {**values, "peft_type": "LORA"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":

@@ -4,6 +4,7 @@ from torch import nn
 
 from ..nn.adapter import name_list
 from ..nn.lora_linear import FusedLoRALinear
+from ..nn.merging import INTO_4_BITS
 from .adapters import biases_to, check_known, fused_layers, layers_or_error, refuse_merged
 from .bias_adapter import bias_adapter
 from .walk import uncompiled
@@ -30,6 +31,12 @@ def _refuse_tied(model: nn.Module, layers: list[tuple[str, FusedLoRALinear]]) ->
                 )
 
 
+def _refuse_quantised(work: list[tuple[str, FusedLoRALinear, list[str]]]) -> None:
+    for name, layer, _ in work:
+        if layer.quantised is not None:
+            raise RuntimeError(f"{name}: {INTO_4_BITS}")
+
+
 def merge(
     model: nn.Module, adapter_names: str | list[str] | None = None, safe_merge: bool = False, restorable: bool = True
 ) -> None:
@@ -46,7 +53,8 @@ def merge(
 
     Raises:
         ValueError: an adapter unknown or named twice, a weight that another module shares, a value that is not finite.
-        RuntimeError: adapters are merged already, or a lora_bias has no base bias to go to.
+        RuntimeError: adapters are merged already, a base weight is in 4 bits (see `dequantize`), or a lora_bias has no
+            base bias.
     """
     adapter_names, model = None if adapter_names is None else name_list(adapter_names), uncompiled(model)
     check_known(model, adapter_names or [])
@@ -61,6 +69,7 @@ def merge(
         names = layer.active_adapters if adapter_names is None else [n for n in adapter_names if n in layer.specs]
         if names:
             work.append((name, layer, names))
+    _refuse_quantised(work)
     _refuse_tied(model, [(name, layer) for name, layer, _ in work])
     for name, layer, names in work:
         if layer.bias is None and any(adapter in layer.lora_bias for adapter in names):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..nn.base_linear import is_linear, read_by_parents, refusal
+from ..nn.base_linear import read_by_parents
+from ..nn.bases import base_refusal, is_base
 from ..nn.dispatch import OFFLOADED
 from ..nn.lora_linear import FusedLoRALinear
 from .lora_config import LoraConfig
@@ -22,7 +23,7 @@ class Resolution:
 
 
 def adaptable(module: nn.Module) -> bool:
-    return is_linear(module) or isinstance(module, FusedLoRALinear)
+    return is_base(module) or isinstance(module, FusedLoRALinear)
 
 
 def output_head(model: nn.Module, task_type: str | None) -> nn.Module | None:
@@ -124,7 +125,7 @@ def _choose(
         if not wanted or id(module) in seen or is_excluded(config, name) or is_saved(config, name, saved):
             continue
         seen.add(id(module))
-        reason = bypassed.get(id(module)) or (None if isinstance(module, FusedLoRALinear) else refusal(module))
+        reason = bypassed.get(id(module)) or (None if isinstance(module, FusedLoRALinear) else base_refusal(module))
         if reason is None:
             chosen[name] = module
         else:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..nn.dispatch import OFFLOADED, offloaded
 from ..nn.lora_linear import FusedLoRALinear
+from ..nn.nf4_base import NF4Base
 from ..nn.trainable_copy import TrainableCopy
 
 
@@ -62,6 +63,8 @@ def choose_saved(model: nn.Module, config: SavesModules) -> dict[str, nn.Module]
         outer = next((other for other in chosen if name.startswith(other + ".")), None)
         if outer is not None:
             raise ValueError(f"modules_to_save chooses {name!r} and {outer!r}, which contains it: name only one")
+        if any(isinstance(part, NF4Base) and part.quantised is not None for part in chosen[name].modules()):
+            raise ValueError(f"modules_to_save chooses {name!r}, which is in 4 bits and cannot train: dequantise it")
     return chosen
 
 
