@@ -65,7 +65,7 @@ class Launch:
 
     kernel: object
     args: tuple
-    keywords: dict  # constexprs, num_warps, num_stages
+    keywords: dict  # constexprs and options: num_warps, num_stages, enable_fp_fusion
 
 
 class _Recorder:
@@ -106,7 +106,7 @@ def _specialise(value) -> tuple[str, bool]:
 def compile_launch(launch: Launch, arch: int | str) -> Compiled:
     """Compile what a recorded call would run, with the same specialisation of its arguments, for `arch`."""
     kernel, keywords = launch.kernel, dict(launch.keywords)
-    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in keywords}
     signature = {name: "constexpr" for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in keywords.items()}
     attributes = {}

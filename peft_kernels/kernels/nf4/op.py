@@ -1,11 +1,17 @@
-"""Schemas, fakes, sharding and registration of nf4_quantize, nf4_quantize_scales and nf4_dequantize."""
+"""Schemas, fakes, declared temporaries, sharding and registration of the ops that quantise and dequantise."""
 
 import torch
 from torch import Tensor
 
+from ..._core import native
 from ..._core.registry import define_op
 from ..._core.sharding import REPLICATE, share
 from . import reference
+
+if native.HAS_TRITON:
+    from . import triton_impl
+else:
+    triton_impl = None
 
 
 def _quantize_fake(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +41,8 @@ nf4_quantize = define_op(
     "nf4_quantize(Tensor weight, str quant_type, int blocksize) -> (Tensor packed, Tensor absmax)",
     reference=reference.nf4_quantize,
     fake=_quantize_fake,
+    triton=triton_impl and triton_impl.nf4_quantize,
+    workspace=triton_impl and triton_impl.nf4_quantize_workspace,
 )
 
 nf4_quantize_scales = define_op(
@@ -42,6 +50,8 @@ nf4_quantize_scales = define_op(
     "-> (Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
     reference=reference.nf4_quantize_scales,
     fake=_scales_fake,
+    triton=triton_impl and triton_impl.nf4_quantize_scales,
+    workspace=lambda *_: 0,
 )
 
 nf4_dequantize = define_op(
@@ -49,6 +59,8 @@ nf4_dequantize = define_op(
     "str quant_type, int blocksize, int numel, ScalarType dtype) -> Tensor",
     reference=reference.nf4_dequantize,
     fake=_dequantize_fake,
+    triton=triton_impl and triton_impl.nf4_dequantize,
+    workspace=lambda *_: 0,
 )
 
 
