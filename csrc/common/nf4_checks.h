@@ -4,12 +4,16 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 
 #include "nf4.h"
 
 namespace peft_kernels {
 
-// Both raise ValueError with messages like those of peft_kernels/formats/nf4.py.
+// "torch.float32".
+inline std::string torch_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+
+// These raise ValueError with the messages of peft_kernels/formats/nf4.py.
 inline bool check_quant_type(const char* op, c10::string_view quant_type, int64_t blocksize) {  // whether it is FP4
   TORCH_CHECK_VALUE(quant_type == "nf4" || quant_type == "fp4", op, ": quant_type is '", quant_type,
                     "'; expected 'nf4' or 'fp4'");
@@ -21,8 +25,8 @@ inline bool check_quant_type(const char* op, c10::string_view quant_type, int64_
 inline void check_vector(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype, int64_t length,
                          at::Device device) {
   const bool fits = t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == length && t.device() == device;
-  TORCH_CHECK_VALUE(fits && t.is_contiguous(), op, ": ", name, " is ", t.scalar_type(), " ", t.sizes(), " with strides ",
-                    t.strides(), " on ", t.device(), "; expected ", dtype, " [", length, "], dense, on ", device);
+  TORCH_CHECK_VALUE(fits && t.is_contiguous(), op, ": ", name, " is ", torch_name(t.scalar_type()), " ", t.sizes(),
+                    " with strides ", t.strides(), " on ", t.device(), "; expected ", torch_name(dtype), " [", length, "], dense, on ", device);
 }
 
 inline Nf4Weight nf4_weight(const char* op, const at::Tensor& packed, const at::Tensor& absmax,

@@ -137,7 +137,8 @@ struct Nf4Table<f16> : Nf4Words<f16> {
 // Elements [begin, end) of the flat tensor, all of one block of this scale. Reads no byte but theirs. Past the caches `out` is
 // on 64 bytes, and begin a multiple of 64; what does not fill a step goes through them.
 template <Way way = Way::cached, class T>
-static inline void nf4_decode_block(const uint8_t* packed, const float* level, float scale, int64_t begin, int64_t end, T* out) {
+static inline void nf4_decode_block(const uint8_t* packed, const float* level, float scale, int64_t begin, int64_t end,
+                                    T* out) {
   const Nf4Table<T> table(level, scale);
   constexpr int64_t step = Nf4Table<T>::step;
   if (begin & 1) nf4_narrow(out++, level[packed[begin >> 1] & 15] * scale), ++begin;
