@@ -120,8 +120,9 @@ struct GemmTasks {
 
 // To be called by every thread of the team, with M > 0. Per block of rows [m, m + n): block(m, n) first; then for each panel
 // of columns start(sums, m, n, j, live) writes sums [n][panel] and finish does with the total what is to be done.
-template <class K, class Block, class Start, class Finish>
-static void gemm(const LeftRows<K>& left, const RightMatrix& right, int64_t M, int64_t J, const GemmShared<K>& shared,
+// `right` is a RightMatrix, or any other type for which there is a pack_group.
+template <class K, class Right, class Block, class Start, class Finish>
+static void gemm(const LeftRows<K>& left, const Right& right, int64_t M, int64_t J, const GemmShared<K>& shared,
                  const GemmOwn<K>& own, Block block, Start start, Finish finish) {
   const int id = thread_id();
   const int64_t steps = left.steps();

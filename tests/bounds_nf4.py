@@ -1,0 +1,63 @@
+"""Derived per-element error bounds of the 4-bit linear: see bounds.py for the model and the conventions.
+
+The weight of the truth is what its bytes are worth: level * scale in fp32, which is exact by definition of the format.
+What is granted: one rounding of W to x's dtype where that has 16 bits (a kernel may also keep W in fp32, which is
+within it), the sum of products in the accumulator as in bounds.py, and one rounding of the sum. A bias is used in x's
+dtype or wider; beside an addend the two may be added first, in x's dtype. Bias and addend join the sum with one
+rounding each in the accumulator.
+"""
+
+import numpy as np
+import torch
+from bounds import Approx, accumulator
+from torch import Tensor
+
+from peft_kernels.formats.nf4 import LEVELS, NF4Weight
+
+
+def values(weight: NF4Weight) -> Tensor:
+    """fp64 [N, K], exact; made apart from the reference, with numpy."""
+    packed, absmax, nested_absmax, nested_code, nested_offset = (
+        None if t is None else t.detach().cpu().numpy() for t in weight.tensors()
+    )
+    if nested_absmax is not None:  # fp32 throughout: a product and a sum, each rounded
+        product = nested_code[absmax] * np.repeat(nested_absmax, 256)[: absmax.size]
+        absmax = (product + nested_offset).astype(np.float32)
+    codes = np.empty(2 * packed.size, dtype=np.uint8)
+    codes[0::2], codes[1::2] = packed >> 4, packed & 15
+    level = np.array(LEVELS[weight.quant_type], dtype=np.float32)[codes[: weight.numel]]
+    scaled = level * np.repeat(absmax, weight.blocksize)[: weight.numel]
+    assert scaled.dtype == np.float32
+    return torch.from_numpy(scaled.astype(np.float64)).view(weight.shape)
+
+
+def _weight(weight: NF4Weight, dtype: torch.dtype, device: torch.device) -> Approx:
+    exact = Approx.exact(values(weight).to(device))
+    return exact.rounded(dtype) if dtype.itemsize == 2 else exact
+
+
+def _finished(product: Approx, bias: Tensor | None, addend: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide, beside = accumulator(dtype), None
+    if bias is not None:
+        row = Approx.exact(bias)
+        row = row if torch.promote_types(bias.dtype, dtype) == dtype else row.rounded(dtype)
+        beside = Approx(row.value.expand_as(product.value), row.error.expand_as(product.value))
+    if addend is not None:
+        added = Approx.exact(addend)
+        beside = added if beside is None else beside.plus(added).rounded(dtype)
+    if beside is not None:
+        product = product.plus(beside).rounded(wide).rounded(wide)
+    found = product if dtype == wide else product.rounded(dtype)
+    return found.value, found.error
+
+
+def forward(x: Tensor, weight: NF4Weight, bias: Tensor | None, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Truth and bound of y [M, N] = x @ W.T + bias + addend."""
+    product = Approx.exact(x).matmul(_weight(weight, x.dtype, x.device).t, x.dtype)
+    return _finished(product, bias, addend, x.dtype)
+
+
+def backward(dy: Tensor, weight: NF4Weight, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Truth and bound of dx [M, K] = dy @ W + addend."""
+    product = Approx.exact(dy).matmul(_weight(weight, dy.dtype, dy.device), dy.dtype)
+    return _finished(product, None, addend, dy.dtype)

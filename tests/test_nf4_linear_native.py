@@ -1,0 +1,85 @@
+"""The C++ kernels of nf4_linear for every instruction set that is here, on shapes around their chunks and panels."""
+
+from dataclasses import replace
+
+import nf4_linear_checks as checks
+import pytest
+import torch
+from nf4_linear_checks import DTYPES, Case, inputs
+
+from peft_kernels._core import native
+from peft_kernels.kernels.nf4_linear import op
+
+_C = native.EXTENSIONS.get("_C_cpu")
+pytestmark = [
+    pytest.mark.skipif(_C is None, reason=f"_C_cpu: {native.MISSING.get('_C_cpu')}"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+RUNS = checks.runs_of("op")
+
+
+@pytest.fixture(params=_C.available_isas() if _C else [])
+def isa(request):
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_values(isa, check, dtype):
+    check(RUNS, dtype, "cpu")
+
+
+# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 4 and by stripes of 64, rows of x by 6 and by
+# 512; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
+EDGES = [(M, N, 4096 + 64 * c) for M, N in ((1, 5), (2, 9), (7, 6)) for c in (-1, 0, 1, 65)]
+EDGES += [(M, N, 64) for M in (1, 4) for N in (1, 3, 4, 63, 64, 65, 127, 129, 260)]
+EDGES += [(30, N, K) for N, K in ((255, 66), (257, 65), (511, 257), (300, 8), (130, 191), (17, 513))]
+EDGES += [(511, 10, 64), (515, 130, 33), (1025, 3, 70)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edges(isa, threads, dtype):
+    for size in EDGES:
+        case = Case(*size, dtype, nested=size[1] % 2 == 0, bias=dtype)
+        checks.check(RUNS, case)
+        checks.check_forward(RUNS, replace(case, blocksize=256, quant_type="fp4"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(isa, dtype):
+    """Sums are never shared among threads."""
+    for size in ((1, 67, 192), (5, 130, 256), (70, 130, 77)):
+        data, before = inputs(Case(*size, dtype)), torch.get_num_threads()
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+
+
+def test_a_call_holds_no_dequantised_weight():
+    """The op's temporaries: what the process grows by while it runs is far below W in bf16."""
+    import resource
+
+    data = inputs(Case(16, 4096, 8192, torch.bfloat16))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for M in (1, 16):
+        args = list(data.fwd_args())
+        args[0] = args[0][:M]
+        op.nf4_linear_fwd(*args)
+    op.nf4_linear_bwd(*data.bwd_args())
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 24 << 20, f"the process grew by {grown} bytes; W in bf16 has {2 * 4096 * 8192}"
