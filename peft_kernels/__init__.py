@@ -3,6 +3,7 @@
 import importlib
 
 from .formats.nf4 import NF4Weight
+from .interop.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .kernels.bias_grad.autograd import bias_linear
 from .kernels.lora_linear.autograd import lora_linear
 from .kernels.nf4.autograd import nf4_dequantize, nf4_quantize
@@ -35,6 +36,7 @@ __all__ = [
     "delete_adapter",
     "dequantize",
     "disable_adapter",
+    "from_bitsandbytes",
     "inject",
     "layer_norm",
     "load_adapter",
@@ -50,6 +52,7 @@ __all__ = [
     "rms_norm",
     "save_adapter",
     "set_adapter",
+    "to_bitsandbytes",
     "trainable_parameters",
     "unmerge",
 ]

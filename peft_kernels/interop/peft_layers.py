@@ -3,10 +3,13 @@
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from ..nn.base_linear import conv1d_class, refusal
+from ..nn.base_linear import conv1d_class
+from ..nn.bases import base_refusal
 from ..nn.combine import Branch, RunsLoRALinear, adapted_linear
 from ..nn.dispatch import dispatch_refusal, give_dispatch, replaced_forward, take_dispatch, through_dispatch
 from ..nn.hooks import has_hooks
+from ..nn.merging import INTO_4_BITS
+from ..nn.nf4_linear import NF4Linear
 
 
 def _needs_its_call(part: nn.Module) -> str | None:
@@ -63,14 +66,35 @@ class FusedPeftLinear(RunsLoRALinear, PeftLinear):
         if args or kwargs or not branches or self.fallback() is not None:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        weight = base.weight if conv1d_class(base) is None else base.weight.t()
+        if isinstance(base, NF4Linear):
+            weight = base.nf4_weight()
+        else:
+            weight = base.weight if conv1d_class(base) is None else base.weight.t()
         return through_dispatch(base, lambda x: adapted_linear(x, weight, base.bias, branches), x)
+
+    def merge(self, *args, **kwargs) -> None:
+        """HF PEFT's.
+
+        Raises:
+            RuntimeError: over a 4-bit weight.
+        """
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise RuntimeError(INTO_4_BITS)
+        super().merge(*args, **kwargs)
+
+
+def _over_bitsandbytes(layer: nn.Module) -> bool:
+    """HF PEFT's wrapper around bitsandbytes' Linear4bit, which `from_bitsandbytes` has made an NF4Linear since."""
+    cls = type(layer)
+    return (cls.__module__, cls.__name__) == ("peft.tuners.lora.bnb", "Linear4bit") and isinstance(
+        layer.base_layer, NF4Linear
+    )
 
 
 def _refusal(layer: nn.Module) -> str | None:
-    if type(layer) is not PeftLinear:
+    if type(layer) is not PeftLinear and not _over_bitsandbytes(layer):
         return f"{type(layer).__module__}.{type(layer).__name__} is not peft's lora.Linear"
-    if replaced_forward(layer, PeftLinear):
+    if replaced_forward(layer, type(layer)):
         return "its forward was replaced"
     reason = dispatch_refusal(layer)
     if reason is not None:
@@ -81,7 +105,7 @@ def _refusal(layer: nn.Module) -> str | None:
         if not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
             return f"lora_dropout.{name} is a {type(layer.lora_dropout[name]).__name__}"
     for name, part in parts.items():
-        reason = refusal(part, replaced=False)
+        reason = base_refusal(part, replaced=False)
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -90,7 +114,8 @@ def _refusal(layer: nn.Module) -> str | None:
 def accelerate(model: nn.Module) -> nn.Module:
     """Let the LoRA linears of a model wrapped by HF PEFT run peft_kernels, in place; returns the model.
 
-    Layers that cannot (quantised or offloaded bases, embeddings, convolutions) keep HF PEFT's forward;
+    Layers that cannot (quantised or offloaded bases, embeddings, convolutions) keep HF PEFT's forward; those over
+    bitsandbytes' 4 bits can after `from_bitsandbytes(model)`.
     `coverage(model)` lists them. Hooks on a layer run as before. While there are hooks on its parts (base_layer,
     lora_A, ...) it runs HF PEFT's forward, which calls them, and `coverage` says so; HF accelerate's hooks for a
     device_map do not count there, they run around the fused forward.
@@ -107,6 +132,8 @@ def accelerate(model: nn.Module) -> nn.Module:
             reason = _refusal(module)
             if reason is None:
                 hook = take_dispatch(module)
+                if type(module) is not PeftLinear:  # what lora.Linear has beside
+                    module.is_target_conv_1d_layer = False
                 module.__class__ = FusedPeftLinear
                 give_dispatch(module, hook)
                 taken += 1

@@ -68,11 +68,13 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
         if layer.merged:
             return "torch", "linear", f"{', '.join(layer.merged_adapters)} merged into the weight"
         reason = "adapters disabled" if layer.disabled else "no active adapter"
-        return _four_bits(layer, reason) if _is_small(layer) else ("torch", "linear", reason)
+        small = _small(layer)
+        return ("torch", "linear", reason) if small is None else _four_bits(small, reason)
     kernel, reason = _owner("lora_linear_fwd", layer.weight.device.type)
     base = "base"
-    if _is_small(layer):
-        base = f"{layer.quantised.quant_type} base"
+    small = _small(layer)
+    if small is not None:
+        base = f"{small.quantised.quant_type} base"
         by, _ = _owner("nf4_linear_fwd", layer.weight.device.type)
         reason = "; ".join(filter(None, (reason, "" if by == kernel else f"the 4-bit weight by {by}")))
     else:
@@ -87,8 +89,10 @@ def _fused(layer: RunsLoRALinear) -> tuple[str, str, str]:
     return kernel, path, "; ".join(filter(None, (reason, extra)))
 
 
-def _is_small(layer: nn.Module) -> bool:
-    return isinstance(layer, NF4Base) and layer.quantised is not None
+def _small(layer: RunsLoRALinear) -> NF4Base | None:
+    """What holds the layer's 4-bit weight: itself, or what HF PEFT's wrapper is around."""
+    base = getattr(layer, "base_layer", layer)
+    return base if isinstance(base, NF4Base) and base.quantised is not None else None
 
 
 def _four_bits(layer: NF4Base, why: str) -> tuple[str, str, str]:

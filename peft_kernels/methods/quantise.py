@@ -82,9 +82,12 @@ def carry_out_quantising(
             replace_modules(model, {module: NF4Linear.from_linear(module, *settings)})
 
 
-def _skipped(model: nn.Module, skip_modules: Iterable[str]) -> list[nn.Module]:
+def skipped(model: nn.Module, skip_modules: Iterable[str] | None) -> list[nn.Module]:
+    """The modules of these names, whole or from a dot on; ValueError where there is none."""
+    if isinstance(skip_modules, str):
+        raise ValueError(f"skip_modules is {skip_modules!r}; expected a list of names")
     modules, chosen = dict(walk(model)), []
-    for wanted in skip_modules:
+    for wanted in skip_modules or ():
         named = [module for name, module in modules.items() if name == wanted or name.endswith(f".{wanted}")]
         if not named:
             raise ValueError(f"skip_modules: no module of this model is named {wanted!r}")
@@ -97,7 +100,7 @@ def quantize(
     quant_type: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = False,
-    skip_modules: Iterable[str] = (),
+    skip_modules: Iterable[str] | None = None,
 ) -> nn.Module:
     """Put the model's linear layers into 4 bits, in place and one by one: each becomes an NF4Linear. Returns the model.
 
@@ -113,7 +116,7 @@ def quantize(
     """
     inner = uncompiled(model)
     check_type("quantize", quant_type, blocksize)
-    chosen = quantisable(inner, _skipped(inner, skip_modules))
+    chosen = quantisable(inner, skipped(inner, skip_modules))
     if not chosen:
         raise ValueError(f"quantize: {type(inner).__name__} has no linear layer to quantise")
     check_weights({name: module.weight for name, module in chosen.items()})

@@ -15,12 +15,12 @@ def is_base(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, NF4Linear)
 
 
-def base_refusal(module: nn.Module) -> str | None:
-    """Why `module` cannot be wrapped; None when it can."""
+def base_refusal(module: nn.Module, replaced: bool = True) -> str | None:
+    """Why `module` cannot be wrapped; None when it can. replaced=False: it keeps its place and its hooks."""
     if not isinstance(module, NF4Linear):
-        return refusal(module)
+        return refusal(module, replaced)
     if replaced_forward(module, NF4Linear):
         return f"{type(module).__qualname__} has a forward of its own, which a fused layer would replace"
     if is_traceable_wrapper_subclass(module.weight):
         return f"its weight is a {type(module.weight).__name__}, not a plain tensor: put the adapters in first"
-    return dispatch_refusal(module) or immovable(module, (*NAMES, "bias"))
+    return dispatch_refusal(module) or (immovable(module, (*NAMES, "bias")) if replaced else None)
