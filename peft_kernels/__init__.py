@@ -40,6 +40,7 @@ __all__ = [
     "inject",
     "layer_norm",
     "load_adapter",
+    "load_quantized",
     "lora_linear",
     "merge",
     "nf4_dequantize",
@@ -51,6 +52,7 @@ __all__ = [
     "qlora_linear",
     "rms_norm",
     "save_adapter",
+    "save_quantized",
     "set_adapter",
     "to_bitsandbytes",
     "trainable_parameters",
@@ -60,6 +62,8 @@ __all__ = [
 # Names that need an optional package, imported when first used: name -> (module, package to install).
 _OPTIONAL = {
     "save_adapter": (".interop.peft", "safetensors"),
+    "load_quantized": (".interop.checkpoints", "safetensors"),
+    "save_quantized": (".interop.checkpoints", "safetensors"),
     "load_adapter": (".interop.peft", "safetensors"),
     "accelerate": (".interop.peft_layers", "peft"),
 }

@@ -76,13 +76,18 @@ def _layer(name: str, module: nn.Module) -> nn.Module:
     return layer_of(name, stored, module.bias, shape, conv1d).train(module.training)
 
 
+def check_shape(name: str, stored: Stored, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless it is a weight [N, K]."""
+    found = stored.weight.shape
+    if tuple(found[::-1] if stored.transposed else found) != shape:
+        raise ValueError(f"{name}.weight is of shape {list(found)}; expected {list(shape)}")
+
+
 def layer_of(
     name: str, stored: Stored, bias: nn.Parameter | None, shape: tuple[int, int], conv1d: type[nn.Module] | None
 ) -> nn.Module:
     """A layer [N, K] on what was stored for it."""
-    found = stored.weight.shape
-    if tuple(found[::-1] if stored.transposed else found) != shape:
-        raise ValueError(f"{name}.weight is of shape {list(found)}; expected {list(shape)}")
+    check_shape(name, stored, shape)
     if not stored.transposed:
         layer = NF4Linear._of(stored, bias)
         layer.conv1d = conv1d
@@ -97,7 +102,8 @@ def layer_of(
     return layer
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def replace_layer(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `old`, with the hooks of that."""
     hook = take_dispatch(old)
     own = dict(vars(new))
     move_hooks(old, new)
@@ -106,7 +112,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             del vars(new)[name]
     give_dispatch(new, hook)
     replace_modules(model, {old: new})
-    return new
 
 
 def from_bitsandbytes(source: Any, quant_state: Any = None) -> Any:
@@ -141,7 +146,7 @@ def from_bitsandbytes(source: Any, quant_state: Any = None) -> Any:
             raise ValueError(f"from_bitsandbytes: {name}: {reason}")
     made = {module: _layer(name, module) for name, module in found.items()}
     for old, new in made.items():
-        _replace(model, old, new)
+        replace_layer(model, old, new)
     _take_marks(model)
     return source
 
@@ -219,6 +224,6 @@ def to_bitsandbytes(model: nn.Module, compute_dtype: torch.dtype | None = None) 
             raise ValueError(f"to_bitsandbytes: {name}: {reason}")
     made = {layer: _linear4bit(layer, bnb, compute_dtype) for layer in found.values()}
     for old, new in made.items():
-        _replace(inner, old, new)
+        replace_layer(inner, old, new)
     _give_marks(inner)
     return model

@@ -1,0 +1,177 @@
+"""load_quantized, save_quantized: a model's files read into 4 bits, or in bitsandbytes' layout, both ways."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..formats.nf4 import check_type
+from ..formats.nf4_state import from_state
+from ..methods.adapters import fused_layers, trainable_copies
+from ..methods.quantise import check_weights
+from ..methods.walk import refuse_peft, uncompiled
+from ..nn.base_linear import conv1d_class, is_linear
+from ..nn.nf4_base import NF4Base
+from ..nn.nf4_linear import quantised
+from .bitsandbytes import layer_of, replace_layer
+from .checkpoint_plan import CheckpointPlan, matrix_shape
+from .tensor_files import CONFIG, TensorFiles, read_json, write_tensors
+
+
+def _check_config(path: Path) -> None:
+    """A checkpoint that says it is quantised must be so in a way that is read here."""
+    file = path / CONFIG
+    settings = read_json(file).get("quantization_config") if file.is_file() else None
+    if settings is None:
+        return
+    method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else settings
+    if method != "bitsandbytes" or not settings.get("load_in_4bit"):
+        raise ValueError(f"{file}: quantization_config is {settings}; expected bitsandbytes' with load_in_4bit")
+
+
+def _bias(plan: CheckpointPlan, name: str, module: nn.Module) -> nn.Parameter | None:
+    if module.bias is None:
+        return None
+    return nn.Parameter(plan.read(f"{name}.bias"), requires_grad=module.bias.requires_grad)
+
+
+def _four_bits(plan: CheckpointPlan, name: str, settings: tuple[str, int, bool]) -> nn.Module:
+    """The layer in 4 bits; the dense weight, where there is one, is gone when this returns."""
+    conv1d = conv1d_class(plan.modules[name])
+    if name in plan.small:
+        module = plan.small[name]
+        shape = matrix_shape(module)
+        stored = from_state(f"{name}.weight", plan.state(name), shape)
+        return layer_of(name, stored, _bias(plan, name, module), shape, conv1d)
+    module = plan.dense[name]
+    weight = plan.read(f"{name}.weight")
+    check_weights({name: weight})
+    stored = quantised(weight if conv1d is None else weight.t(), *settings)
+    return layer_of(name, stored, _bias(plan, name, module), matrix_shape(module), conv1d)
+
+
+def _attach(model: nn.Module, layers: dict[nn.Module, nn.Module], tensors: dict[int, Tensor], device) -> None:
+    """tensors: id of the Parameter or buffer there -> what takes its place, wherever it stands."""
+    for old, new in layers.items():
+        replace_layer(model, old, new)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in tensors:
+                module._parameters[name] = tensors[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = tensors.get(id(buffer), buffer.to(device))
+
+
+def load_quantized(
+    model: nn.Module,
+    path: str | os.PathLike,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = False,
+    skip_modules: Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Read a checkpoint into `model` and quantise while reading: one dense weight at a time is in memory.
+
+    Args:
+        model: built without memory for its Parameters (accelerate's init_empty_weights), changed in place: what
+            `quantize` would choose becomes NF4Linear, everything else is read as it is.
+        path: a folder with model.safetensors, or shards and their index; or one file. Where it is in 4 bits
+            (bitsandbytes' layout) it is taken as it is, and the three settings below say nothing.
+        quant_type, blocksize, double_quant, skip_modules: as `quantize` takes them.
+        device: where all goes; each weight is quantised there.
+        dtype: of what stays dense, and of weights before they are quantised; None takes the file's.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file that cannot be read; keys or shapes that do not fit, all of them listed; a weight that holds
+            NaN or an infinity. The model is as it was then.
+    """
+    inner = uncompiled(model)
+    check_type("load_quantized", quant_type, blocksize)
+    _check_config(Path(path))
+    plan = CheckpointPlan(inner, TensorFiles(path, device), skip_modules, dtype)
+    names = [*plan.small, *plan.dense]
+    layers, settings = {}, (quant_type, blocksize, double_quant)
+    for name in tqdm(names, desc="reading into 4 bits", unit="layer", delay=2, disable=None, dynamic_ncols=True):
+        layers[plan.modules[name]] = _four_bits(plan, name, settings).train(plan.modules[name].training)
+    done = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    tensors: dict[int, Any] = {}
+    for key, old in plan.expected.items():
+        if key not in done and key in plan.files and id(old) not in tensors:
+            new = plan.read(key)
+            parameter = isinstance(old, nn.Parameter)
+            tensors[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new
+    _attach(inner, layers, tensors, device)
+    if plan.tied and callable(getattr(inner, "tie_weights", None)):
+        inner.tie_weights()
+    return model
+
+
+def _contents(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's state_dict, each tensor once under its first name."""
+    adapters = tuple(f"{name}.{part}." for name, _ in fused_layers(model) for part in ("lora_A", "lora_B", "lora_bias"))
+    contents, seen = {}, set()
+    for key, tensor in model.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape, tensor.dtype
+        if key.startswith(adapters) or (tensor.numel() and place in seen):
+            continue
+        seen.add(place)
+        contents[key] = tensor
+    return contents
+
+
+def _quantization_config(model: nn.Module, layers: dict[str, NF4Base]) -> dict[str, Any]:
+    """What transformers writes of a BitsAndBytesConfig, so that it loads the folder."""
+    first = next(iter(layers.values()))
+    dense = [name for name, module in model.named_modules() if is_linear(module)]
+    return {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(first.quantised.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(first.quantised.storage).removeprefix("torch."),
+        "bnb_4bit_quant_type": first.quantised.quant_type,
+        "bnb_4bit_use_double_quant": first.nested_absmax is not None,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense or None,
+        "llm_int8_threshold": 6.0,
+    }
+
+
+def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: int = 5 * 10**9) -> None:
+    """Write the base model into folder `path` in bitsandbytes' layout, for `load_quantized` and for transformers.
+
+    Without adapters, which `save_adapter` writes. A Hugging Face model's config.json is written too, with the
+    quantization_config that its from_pretrained asks for.
+
+    Args:
+        max_shard_size: bytes of a file, at most, but for single tensors larger than that.
+
+    Raises:
+        ValueError: nothing in 4 bits, HF PEFT's wrappers, or modules_to_save, which belong to an adapter.
+    """
+    model, folder = uncompiled(model), Path(path)
+    refuse_peft(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, NF4Base) and m.quantised is not None}
+    if not layers:
+        raise ValueError(f"save_quantized: {type(model).__name__} has no layer in 4 bits")
+    copies = trainable_copies(model)
+    if copies:
+        raise ValueError(f"save_quantized: {copies[0][0]} is one of modules_to_save: delete the adapter first")
+    write_tensors(folder, _contents(model), max_shard_size)
+    config = getattr(model, "config", None)
+    if callable(getattr(config, "save_pretrained", None)):
+        config.save_pretrained(folder)
+        values = {**read_json(folder / CONFIG), "quantization_config": _quantization_config(model, layers)}
+        (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
