@@ -1,8 +1,10 @@
 """What a layer over a 4-bit weight holds, and how that is moved, cast, saved and loaded."""
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -143,15 +145,40 @@ class NF4Base(nn.Module):
     def _put(self, stored: Stored, assign: bool) -> None:
         old, new = [self._parameters[name] for name in NAMES], stored.weight.tensors()
         if assign:
-            return self.hold(stored)
+            return self.hold(_whole_mesh(stored))
         if not all(map(_alike, old, new)):
             own = [None if tensor is None else tensor.to(self.weight.device, copy=True) for tensor in new]
             weight = replace(stored.weight, **dict(zip(_FIELDS, own, strict=True)))
             return self.hold(replace(stored, weight=weight))
-        for parameter, tensor in zip(old, new, strict=True):
+        for parameter, tensor in zip(old[:-1], new[:-1], strict=True):
             if parameter is not None:
                 parameter.copy_(tensor)
+        if stored.offset is not None:
+            self.nested_offset.fill_(stored.offset)  # a number, wherever the Parameter is sharded
         self._describe(stored)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed's get_model_state_dict, which asks the model for every key, attribute by attribute."""
+        return {} if self.quantised is None else {"weight": "_by_key"}
+
+    @property
+    def _by_key(self) -> SimpleNamespace:
+        small = self.quantised
+        text = SimpleNamespace(**{f"bitsandbytes__{small.quant_type}": None})
+        parts = {"absmax": self.absmax, "quant_map": None, "quant_state": text}
+        parts |= {"nested_absmax": self.nested_absmax, "nested_quant_map": self.nested_code}
+        return SimpleNamespace(weight=SimpleNamespace(**parts))
+
+
+def _whole_mesh(stored: Stored) -> Stored:
+    """The offset, which is read as a number, on the mesh that the other tensors are on (DTensor)."""
+    packed = stored.weight.packed
+    if stored.offset is None or not hasattr(packed, "device_mesh"):
+        return stored
+    full = importlib.import_module("torch.distributed.tensor").full
+    mesh, placements = packed.device_mesh, packed.placements
+    offset = full((1,), stored.offset, dtype=torch.float32, device_mesh=mesh, placements=placements)
+    return replace(stored, weight=replace(stored.weight, nested_offset=offset))
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
