@@ -150,6 +150,20 @@ def test_inside_hf_pefts_wrapper_and_accelerated(tmp_path):
     model.merge_and_unload()
 
 
+def test_one_seed_draws_the_adapters_that_hf_peft_draws(tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, settings = saved(tmp_path), {"target_modules": ["q_proj", "down_proj"], "r": 4}
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(loaded(folder), peft.LoraConfig(**settings))
+    torch.manual_seed(3)
+    ours = pk.inject(pk.from_bitsandbytes(loaded(folder)), pk.LoraConfig(**settings))
+    drawn = {name: p for name, p in ours.named_parameters() if "lora_A" in name}
+    assert len(drawn) == 6
+    for name, parameter in drawn.items():
+        other = theirs.get_parameter(f"base_model.model.{name}.weight")
+        assert other.dtype == parameter.dtype and torch.equal(other, parameter), name
+
+
 class Subclass(bnb.nn.Linear4bit):
     def forward(self, x):
         return super().forward(x)

@@ -100,13 +100,19 @@ def test_a_dense_weight_is_free_before_the_next_is_quantised(adapted, monkeypatc
     assert bars == [total]
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_adapters_are_drawn_as_over_bitsandbytes_weights(build):
-    """In fp32, never rounded to the dtype that the weight had."""
-    torch.manual_seed(5)
-    model = pk.inject(build().bfloat16(), pk.LoraConfig(target_modules="all-linear", **QLORA))
-    lora_a = fused_layers(model)[0][1].lora_A["default"]
-    assert lora_a.dtype == torch.float32 and not torch.equal(lora_a, lora_a.bfloat16().float())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_seed_draws_the_same_adapters_over_any_base(dtype):
+    """In 16 bits, in 4 bits made of it before or now: rounded through its dtype, as HF PEFT does, then fp32."""
+    found = []
+    for prepare, settings in ((lambda model: model, {}), (lambda model: model, QLORA), (pk.quantize, {})):
+        torch.manual_seed(1)
+        model = prepare(llama().to(dtype))
+        torch.manual_seed(5)
+        pk.inject(model, pk.LoraConfig(target_modules="all-linear", **settings))
+        found.append([layer.lora_A["default"] for _, layer in fused_layers(model)])
+    assert len(found[0]) == 21 and found[0][0].dtype == torch.float32
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_modules_to_save_and_task_heads_stay_dense_and_train():

@@ -84,6 +84,25 @@ def test_quantize_refuses_what_is_not_there():
         pk.dequantize(llama())
 
 
+def test_quantize_leaves_hf_pefts_wrappers_alone():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="q_proj is HF PEFT's Linear"):
+        pk.quantize(model)
+    assert not small(model)
+
+
+def test_a_model_without_memory_has_the_shapes_of_one_with():
+    with torch.device("meta"):
+        model = llama()
+    pk.inject(model, pk.LoraConfig(target_modules=["q_proj"], **QLORA))
+    real = pk.inject(llama(), pk.LoraConfig(target_modules=["q_proj"], **QLORA))
+    assert {n: (p.shape, p.dtype) for n, p in model.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in real.named_parameters()
+    }
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_hooks_go_there_and_back():
     model = llama()
     seen = []
@@ -112,3 +131,5 @@ def test_bitfit_trains_the_biases_over_four_bits():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "bert.encoder.layer.0.attention.self.query.bias" in trained
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    rows = [row for row in pk.coverage(model) if row.path == "nf4 linear"]
+    assert len(rows) == 13 and all("the gradient of its bias by torch" in row.reason for row in rows)

@@ -112,6 +112,8 @@ def _bias_row(adapter: BiasAdapter, name: str, layer: nn.Module) -> Row:
     path = type(layer).__name__
     if adapter.merged or adapter.withdrawn:
         return Row(name, "torch", path, "merged into the model" if adapter.merged else "adapter disabled")
+    if isinstance(layer, NF4Linear):
+        return Row(name, *_four_bits(layer, "the gradient of its bias by torch"))
     if name not in adapter.classes:
         return Row(name, "torch", path, adapter.reasons.get(name, ""))
     return _ours(name, layer, adapter.reasons.get(name))

@@ -88,7 +88,7 @@ def plan_injection(
         elif adapter_name in module.specs:
             raise ValueError(f"adapter_name {adapter_name!r} is already on layer {name}, beside {list(module.specs)}")
         spec = config.spec(pattern_value(config.rank_pattern, name), pattern_value(config.alpha_pattern, name))
-        plan.adapters[name] = layer, layer.new_adapter(spec, adapter_dtype, in_4_bits=config.base is not None)
+        plan.adapters[name] = layer, layer.new_adapter(spec, adapter_dtype)
     if config.base is not None:
         _plan_quantising(model, plan, resolution.modules_to_save)
     plan.copies = new_copies(resolution.modules_to_save, plan.replaced)

@@ -15,7 +15,7 @@ from ..nn.lora_linear import FusedLoRALinear
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import NF4Linear
 from .targets import output_head
-from .walk import replace_modules, uncompiled, walk
+from .walk import refuse_peft, replace_modules, uncompiled, walk
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -112,10 +112,12 @@ def quantize(
         skip_modules: names of modules to leave, whole or from a dot on; all inside them too.
 
     Raises:
-        ValueError: a setting or a name not known, a weight that holds NaN or an infinity, or nothing to quantise.
+        ValueError: a setting or a name not known, a weight that holds NaN or an infinity, nothing to quantise, or HF
+            PEFT's wrappers.
     """
     inner = uncompiled(model)
     check_type("quantize", quant_type, blocksize)
+    refuse_peft(inner)
     chosen = quantisable(inner, skipped(inner, skip_modules))
     if not chosen:
         raise ValueError(f"quantize: {type(inner).__name__} has no linear layer to quantise")

@@ -100,7 +100,7 @@ class FusedLoRALinear(RunsLoRALinear, Quantisable):
             lora_dropout: probability in [0, 1) of dropping an element of x on the low-rank branch while training.
             lora_bias: give B a trainable bias [N], scaled with the product.
             init_lora_weights: True, "gaussian" or False, as HF PEFT draws them.
-            adapter_dtype: default fp32 over a 16-bit or 4-bit base, else the base's dtype.
+            adapter_dtype: default fp32 over a 16-bit base, else the base's dtype; over a 4-bit one that which it had.
             base: "nf4" or "fp4" quantises the weight (see NF4Linear), with this blocksize and double_quant; `linear`
                 keeps its own. None leaves it as it is.
 
@@ -109,7 +109,7 @@ class FusedLoRALinear(RunsLoRALinear, Quantisable):
         """
         spec = AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights)
         layer = cls.wrap(linear)
-        layer.attach(adapter_name, layer.new_adapter(spec, adapter_dtype, in_4_bits=base is not None))
+        layer.attach(adapter_name, layer.new_adapter(spec, adapter_dtype))
         if base is not None:
             layer.quantize_base(base, blocksize, double_quant)
         layer.weight.requires_grad_(False)
@@ -119,14 +119,9 @@ class FusedLoRALinear(RunsLoRALinear, Quantisable):
         layer.take_over(linear)
         return layer
 
-    def new_adapter(
-        self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None, in_4_bits: bool = False
-    ) -> Adapter:
-        """Parameters for one more adapter of this layer, not yet attached. in_4_bits: the base will be.
-
-        A 4-bit base has no dtype to round through, as HF PEFT has it: adapters are drawn in fp32.
-        """
-        dtype = torch.float32 if in_4_bits or self.quantised is not None else self.weight.dtype
+    def new_adapter(self, spec: AdapterSpec, adapter_dtype: torch.dtype | None = None) -> Adapter:
+        """Parameters for one more adapter of this layer, not yet attached."""
+        dtype = self.weight.dtype if self.quantised is None else self.quantised.dtype
         return new_adapter(spec, self.weight.device, dtype, self.in_features, self.out_features, adapter_dtype)
 
     def attach(self, name: str, adapter: Adapter) -> None:
