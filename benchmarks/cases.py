@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm, qlora_linear
+from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm, qlora_linear, qlora_memory
 from .bias_act import ActCase
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
@@ -133,6 +133,7 @@ PRIMITIVES = {
             "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
         },
         qlora_linear.of_layers,
+        qlora_memory.METHODS,
     ),
 }
 

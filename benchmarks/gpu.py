@@ -92,7 +92,7 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
         found.append(Step(f"measure {primitive}", command, 300, stops=(), env=env))
     sizes = () if device == "cuda" else ("--model", "smollm2-135m", "--layers", "1", "--seq", "16", "--rounds", "2")
     peers = ("peft-lora", "peft-lora-bf16", "peft-lora-liger", "peft-lora-cce")
-    step = (_PY, "-m", "benchmarks.step", *where, *sizes, "--method", "lora", "lora-bf16", *peers)
+    step = (_PY, "-m", "benchmarks.step", *where, *sizes, "--method", "lora", "lora-bf16", "qlora", *peers)
     step += ("--csv", str(work / "step.csv"))
     found.append(Step("training step", step, 150, stops=()))
     return [*found, *_memory_steps(device, work)]
@@ -105,7 +105,7 @@ def _memory_steps(device: str, work: Path) -> list[Step]:
     if device == "cuda":
         asked = {
             "smollm2-135m": ((*lora, "full"), ("--batch", "8", "--seq", "1024")),
-            "llama-3-8b": (lora, ("--batch", "1", "--seq", "2048")),
+            "llama-3-8b": ((*lora, "qlora"), ("--batch", "1", "--seq", "2048")),
             "bert-large": ((*bitfit, "lora"), ("--batch", "32", "--seq", "128")),
         }
     found = []

@@ -52,17 +52,16 @@ class Unsuited(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """`adapt` makes a base model ready to train, in place or anew; None until the primitive it needs is there. It may
-    raise Unsuited."""
+    """`adapt` makes a base model ready to train, in place or anew. It may raise Unsuited."""
 
     name: str
     estimate: Callable[[nn.Module, Options], Estimate]
-    adapt: Callable[[nn.Module, Options], nn.Module] | None = None
-    comes_with: str = ""  # the primitive that `adapt` waits for
+    adapt: Callable[[nn.Module, Options], nn.Module]
     missing: str = ""  # why it cannot run here: what to install
     unpredicted: str = ""  # why its step runs on real tensors only, and has no prediction
     cuda_only: bool = False  # its kernels run on no CPU
     implementation: str = ""  # the peer's version, where the rows have no column for it
+    base: str = ""  # the type of a base whose values are not the model's: quantised ones
     optimizer: str = ""  # the one that belongs to the method, whichever is asked for; "" for that
 
     def stateless_with(self, optimizer: str) -> bool:
@@ -75,8 +74,6 @@ class Method:
 
     def missing_on(self, device: str) -> str:
         """Why it cannot run on a device; "" where it can."""
-        if self.adapt is None:
-            return f"comes with the primitive {self.comes_with}"
         return self.missing or (NEEDS_CUDA if self.cuda_only and device != "cuda" else "")
 
 
@@ -148,11 +145,8 @@ def _everything(model: nn.Module, options: Options) -> nn.Module:
     return model.requires_grad_(True)
 
 
-BASE_METHODS = (
-    Method("full", full_estimate, _everything),
-    Method("qlora", qlora_estimate, comes_with="nf4_linear"),
-)
-"""Those that need nothing of this package, or something that is not there yet. A primitive brings the others."""
+BASE_METHODS = (Method("full", full_estimate, _everything),)
+"""Those that need nothing of this package. A primitive brings the others."""
 
 
 def adamw(parameters, fused: bool = False) -> torch.optim.Optimizer:

@@ -23,7 +23,9 @@ Step = Callable[[int], Tensor]
 Progress = Callable[[str], None]
 """Told what is being done, before it is."""
 
-FLOOR, OURS = "frozen", ("lora", "lora-bf16")
+FLOOR, OURS = "frozen", ("lora", "lora-bf16", "qlora", "qlora-bf16", "qlora-offloaded")
+RIVALS = {"": "lora", "nf4": "qlora"}
+"""Of a peer, by its base: which of ours it is set beside."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,14 @@ class Field:
     """By name, the bytes that a contender holds between steps over the frozen base's weights: adapters and optimizer
     states. Of a whole model of its own, as full's, what is over one set of weights."""
 
-    def _run(self, contender: Contender, step: Step) -> None:
+    def _run(self, contender: Contender, step: Step, base: str = "") -> None:
         def check() -> dict[str, float]:
             self.progress(f"check {contender.name}")
             torch.manual_seed(0)  # what is dropped at random is the same where it is drawn in the same order
             loss = step(0)
             if contender.role == "floor" and loss.isfinite() and not self.case.drops:
                 self.losses.bound = self._bound(loss)
-            return self.losses.judge(contender.name, float(loss))
+            return self.losses.judge(contender.name, float(loss), base)
 
         contender.step, contender.check = step, check
 
@@ -147,7 +149,7 @@ class Field:
     def add(self, method: Method, compiled: bool = False) -> None:
         """A method's contender; `missing` says why it has no step, where it cannot run or fails while it is built."""
         name = f"{method.name}, torch.compile" if compiled else method.name
-        role, rival = ("ours", "") if method.name in OURS else ("peer", OURS[0])
+        role, rival = ("ours", "") if method.name in OURS else ("peer", RIVALS[method.base])
         found = Contender(name, role, rival=rival, implementation=method.implementation)
         self.contenders.append(found)
         found.missing = method.missing_on(self.batch["input_ids"].device.type)
@@ -164,7 +166,7 @@ class Field:
         except FAILURES as error:
             found.missing = because(error)
             return
-        self._run(found, _training(torch.compile(model) if compiled else model, self.batch, optimizer))
+        self._run(found, _training(torch.compile(model) if compiled else model, self.batch, optimizer), method.base)
         self.resident[name] = lambda: self._over_base(model, optimizer)
 
     def _over_base(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -186,7 +188,7 @@ def contenders(
     """The frozen floor, a contender for each method and, if asked for, each peer compiled.
 
     With them, once they are checked, the losses of their first steps. LoRA's B is zero then: all are the floor's, but
-    for rounding.
+    for rounding, and over one 4-bit base all are each other's.
     """
     progress("build the base model")
     torch.manual_seed(0)

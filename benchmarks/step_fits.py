@@ -23,7 +23,8 @@ def needed(case: StepCase, methods: Sequence[Method], compiled: bool, arch: int 
         peak = asked.predict(method).replay.peak
         kept = peak.kinds["weights"] + peak.kinds.get("optimizer", 0)
         times = 2 if compiled and compilable(method) else 1
-        resident += times * (kept if trains_base(method) else kept - base)
+        # In 4 bits a base is another one; what is not, the embeddings, counts twice: a little too much.
+        resident += times * (kept if trains_base(method) or method.base else kept - base)
         working = max(working, peak.allocated - kept)
     return base + resident + working
 
@@ -35,7 +36,7 @@ def fitting_layers(
 
     Of a method without a prediction nothing is known; where no other is asked for, ours stands in for it.
     """
-    known = [method for method in methods if method.adapt and not method.missing and not method.unpredicted]
+    known = [method for method in methods if not method.missing and not method.unpredicted]
     known = known or [vram.methods()[OURS[0]]]
 
     def works(layers: int) -> bool:

@@ -52,18 +52,21 @@ def rounding_bound(loss: Callable[[], Tensor], model: nn.Module, first: Tensor, 
 class FirstLosses:
     """By contender, its first step's loss: adapters add nothing yet, and full fine-tuning has changed nothing yet.
 
-    `bound`: how far from the floor's they may be; None until that is known, and where the model drops at random.
+    `bound`: how far from the floor's they may be; None until that is known, and where the model drops at random. Over a
+    base of other values, one in 4 bits, they are held to the first contender's that has it.
     """
 
     floor: str
     values: dict[str, float] = field(default_factory=dict)
     bound: float | None = None
+    others: dict[str, float] = field(default_factory=dict)  # by base
 
-    def judge(self, name: str, loss: float) -> dict[str, float]:
-        """Remember a first loss; its distance from the floor's over the bound."""
+    def judge(self, name: str, loss: float, base: str = "") -> dict[str, float]:
+        """Remember a first loss; its distance over the bound, from the floor's or that of another `base`."""
         self.values[name] = loss
         if not math.isfinite(loss):
             return {"loss": math.inf}
         if name == self.floor or self.bound is None:
             return {}
-        return {"loss": abs(loss - self.values[self.floor]) / self.bound}
+        expected = self.others.setdefault(base, loss) if base else self.values[self.floor]
+        return {"loss": abs(loss - expected) / self.bound}

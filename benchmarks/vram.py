@@ -141,9 +141,6 @@ def answer(
     results = _estimated(question, chosen)
     for result in progress([result for result in results if result.estimate]):
         method = result.method
-        if method.adapt is None:
-            result.notes.append(f"estimate only: its prediction comes with the primitive {method.comes_with}")
-            continue
         absent = "" if method.missing == NEEDS_CUDA else method.missing  # which no prediction needs
         if method.unpredicted:
             result.notes.append(f"no prediction: {method.unpredicted}")

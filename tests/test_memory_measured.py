@@ -89,7 +89,7 @@ def test_on_a_gpu_what_is_reserved_counts_too():
 
 
 def test_within_needs_something_to_compare(capsys):
-    assert vram.main([*MEASURE, "--method", "qlora", "--within", "5"]) == 1
+    assert vram.main([*MEASURE, "--method", "peft-qlora", "--within", "5"]) == 1
     assert "nothing was both predicted and measured" in capsys.readouterr().out
 
 

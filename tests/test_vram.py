@@ -69,11 +69,11 @@ def test_qlora_weights():
 
 
 def test_prints_estimate_prediction_and_what_lies_between(capsys):
-    assert vram.main([*SMALL, "--method", "full", "lora", "peft-lora", "qlora"]) == 0
+    assert vram.main([*SMALL, "--method", "full", "lora", "peft-lora", "qlora", "qlora-offloaded", "peft-qlora"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"full +predicted +load .*\n +forward .*\n +backward .*\n +step ", text)
     assert re.search(r"lora: [\d.]+ by formula, [\d.]+ predicted, reached in \w+, at [\w.]+: ", text)
-    assert "qlora: estimate only: its prediction comes with the primitive nf4_linear" in text
+    assert "peft-qlora: no prediction: bitsandbytes' parameters are a kind of tensor" in text
 
 
 def test_measured_on_a_cpu_is_predicted(tmp_path):

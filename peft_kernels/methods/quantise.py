@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .._core.checks import has_values
 from ..formats.nf4 import check_type
 from ..nn.base_linear import is_linear, read_by_parents, refusal
 from ..nn.bases import base_refusal
@@ -34,7 +35,7 @@ def check_weights(weights: dict[str, nn.Parameter]) -> None:
         if weight.dtype not in _DTYPES:
             raise ValueError(f"{name}: its weight is {weight.dtype}; expected float16, bfloat16 or float32")
         # The extremes are NaN or infinite where any value is, and need no temporary of the weight's size.
-        if weight.numel() and not weight.is_meta and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        if weight.numel() and has_values(weight) and not torch.stack(weight.detach().aminmax()).isfinite().all():
             raise ValueError(f"{name}: its weight holds NaN or an infinity, which 4 bits cannot")
 
 

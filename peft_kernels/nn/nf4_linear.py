@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._core.checks import has_values
 from ..formats.nf4 import NF4Weight
 from ..formats.nf4_state import Stored
 from ..kernels.nf4.autograd import nf4_dequantize, nf4_quantize
@@ -18,7 +19,7 @@ from .nf4_base import NF4Base
 def quantised(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> Stored:
     """`weight` [N, K] in 4 bits, and its nested offset read from the device (on meta there is none)."""
     small = nf4_quantize(weight, quant_type, blocksize, double_quant)
-    known = double_quant and not small.packed.is_meta
+    known = double_quant and has_values(small.packed)
     return Stored(small, small.nested_offset.item() if known else None)
 
 
@@ -94,7 +95,7 @@ class NF4Linear(NF4Base):
                 f"NF4Linear.from_weight: bias is {list(bias.shape)} on {bias.device}; expected [{weight.shape[0]}] on "
                 f"{weight.device}"
             )
-        known = weight.double_quant and not weight.packed.is_meta
+        known = weight.double_quant and has_values(weight.packed)
         return cls._of(Stored(weight, weight.nested_offset.item() if known else None), bias)
 
     @classmethod
