@@ -128,8 +128,8 @@ PRIMITIVES = {
         {
             "gpu": [LoRACase(M, 4096, 4096, 16, torch.bfloat16) for M in (1, 16, 512, 2048, 8192)]
             + [LoRACase(8192, 4096, 4096, 64, torch.bfloat16, 0.1), LoRACase(8192, 14336, 4096, 16, torch.bfloat16)],
-            "tiny": [LoRACase(M, 96, 64, 4, torch.bfloat16, p) for M in (1, 70) for p in (0.0, 0.1)],
-            "cpu": [LoRACase(M, 2048, 2048, 16, dtype) for dtype in (torch.float32, torch.bfloat16) for M in (1, 2048)],
+            "tiny": [LoRACase(M, 96, 64, 4, torch.bfloat16, p) for M in (1, 520) for p in (0.0, 0.1)],
+            "cpu": [LoRACase(M, 2048, 2048, 16, d) for d in (torch.float32, torch.bfloat16) for M in (1, 64, 2048)],
             "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
         },
         qlora_linear.of_layers,

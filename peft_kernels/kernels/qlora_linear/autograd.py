@@ -79,9 +79,8 @@ def qlora_linear(
         [..., N] in x's dtype (the autocast dtype under autocast).
 
     Saved for backward: the 4-bit weight if x requires grad, x if lora_a does, drop(x) @ lora_a.T [M, R] if lora_b does,
-    and one bit per element of x with dropout; never a dequantised weight, of which one is there at a time, while more
-    than 64 rows are multiplied by it. A second derivative raises RuntimeError; `torch.func` transforms are not
-    supported.
+    and one bit per element of x with dropout; never a dequantised weight. While 512 rows and more are multiplied one
+    dequantised weight is there. A second derivative raises RuntimeError; `torch.func` transforms are not supported.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
