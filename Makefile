@@ -22,12 +22,13 @@ ITS_PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 TORCH_FITS := import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))
 BRINGS_TRITON := import importlib.metadata as m, sys; sys.exit(not any('triton' in one for one in m.requires('torch') or ()))
 
-.PHONY: help venv build test lint demo demo-bitfit gpu sanitize clean
+.PHONY: help venv build test lint demo demo-bitfit demo-qlora gpu sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    fine-tune a real model beside HF PEFT; prints accuracy, speed, memory (ARGS=--help for options)"
 	@echo "make demo-bitfit  a real encoder: BitFit beside LoRA, full fine-tuning and the head alone (ARGS= as above)"
+	@echo "make demo-qlora  the language model in NF4: QLoRA beside LoRA in 16 bits and PEFT over bitsandbytes (ARGS= as above)"
 	@echo "make test    lint, the test-suite, the machine-code gate on two Triton versions, the rehearsal of make gpu"
 	@echo "make gpu     check and measure on a GPU, no network needed (DEVICE= OUT= ONLY= TUNE=1)"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer, on a GPU: once per change of a kernel"
@@ -77,6 +78,9 @@ demo: $(VENV)/.built $(VENV)/.model
 
 demo-bitfit: $(VENV)/.built
 	$(PY) -m benchmarks.bitfit_demo $(ARGS)
+
+demo-qlora: $(VENV)/.built $(VENV)/.model
+	$(PY) -m benchmarks.qlora_demo $(ARGS)
 
 lint: $(VENV)/.requirements
 	$(PY) -m ruff check .
