@@ -30,10 +30,11 @@ WANTED_GENERAL = {
     "act.cu": ("LDG.E.128", "STG.E.128"),
     "bias_grad.cu": ("LDG.E.128",),
     "nf4_dequantize.cu": ("LDG.E.EF", "STG.E.128", "STG.E.EF.128"),
+    "nf4_linear.cu": ("LDG.E.EF.128", "LDG.E.EF.64", "LDG.E.EF ", "LDS.128", "HMMA.16816.F32.BF16", "HMMA.16816.F32 "),
     "nf4_quantize.cu": ("LDG.E.EF.128",),
     "norm_fwd.cu": ("LDG.E.EF.128", "STG.E.128", "MUFU.RSQ"),
     "norm_bwd.cu": ("LDG.E.EF.128", "STG.E.128"),
-    "probe.cu": ("HMMA.16816.F32.BF16",),
+    "probe.cu": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 "),
 }
 
 _ACT = {"WideActRows": 128, "WideReluRows": 128, "AnyActRows": 80, "AnyReluRows": 80, "AnyRows": 48}
@@ -43,6 +44,8 @@ MOST_REGISTERS = {
     "act.cu": _ACT,
     "bias_grad.cu": {"WideRows": 80, "AnyRows": 48},
     "nf4_dequantize.cu": {"Lb1ELb0E": 64, "Lb1ELb1E": 64, "Lb0ELb0E": 80, "Lb0ELb1E": 80},
+    "nf4_linear.cu": {"Li1ELi1ELi": 128, "Li1ELi2ELi": 128, "Li2ELi4ELi": 255, "Li2ELi8ELi": 255, "parts_kernel": 64}
+    | {"simt_kernelIfLi4E": 255, "Li1EEEv": 128, "Li2EEEv": 128},
     "nf4_quantize.cu": {"nf4_quantize_kernel": 80, "nf4_quantize_scales_kernel": 64},
     "norm_fwd.cu": {"held_kernel": 80, "looped_kernel": 64},
     "norm_bwd.cu": {"rows_kernel": 128, "looped_kernel": 64, "parts_kernel": 48},

@@ -61,11 +61,14 @@ def test_blocks_shared_memory_and_barriers(ordered, threads):
         assert torch.equal(out.to(torch.int64), blocks + torch.arange(threads).flip(0))
 
 
-def test_mma_is_the_plain_product(ordered):
-    a, b, c = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16(), torch.randn(16, 8)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mma_is_the_plain_product(ordered, dtype):
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
     with memory(ordered) as device:
         out = device.empty((16, 8), torch.float32)
-        assert ordered.probe_mma(*map(at, map(device.put, (a, b, c))), at(out), 32) == 0, ordered.simt_error()
+        assert ordered.probe_mma(*map(at, map(device.put, (a, b, c))), at(out), dtype == torch.float16, 32) == 0, (
+            ordered.simt_error()
+        )
         # Sums of 17 exact products in fp64 are exact here to far below fp32: one rounding is left, half an ulp.
         truth = a.double() @ b.double() + c.double()
         assert ((out.double() - truth).abs() <= 2**-24 * truth.abs() + 1e-14).all()
@@ -74,7 +77,7 @@ def test_mma_is_the_plain_product(ordered):
 def test_mma_needs_the_whole_warp(probe):
     with memory(probe) as device:
         operands = [device.put(torch.ones(16, n)) for n in (16, 16, 16, 16)]
-        assert probe.probe_mma(*map(at, operands), 31) == FAILED
+        assert probe.probe_mma(*map(at, operands), 0, 31) == FAILED
         assert b"lanes that the block lacks" in probe.simt_error()
 
 

@@ -11,19 +11,25 @@ struct MmaLane {
   const unsigned *a, *b;
 };
 
+using HalfOfWord = float (*)(unsigned word, int upper);
+
 inline float bf16_half(unsigned word, int upper) {
   return __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(word >> (16 * upper))));
 }
+inline float f16_half(unsigned word, int upper) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> (16 * upper))));
+}
 
-inline void mma_m16n8k16_bf16_together(void* const (&lanes)[32], unsigned mask) {
+template <HalfOfWord half_of>
+void mma_m16n8k16_together(void* const (&lanes)[32], unsigned mask) {
   if (mask != 0xffffffffu) simt::fail("mma by some lanes of the warp (%08x)", mask);
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* own = static_cast<MmaLane*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 2; ++i) {
-      for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + i + r / 2 * 8] = bf16_half(own->a[r], i);
-      for (int r = 0; r < 2; ++r) b[2 * t + i + r * 8][g] = bf16_half(own->b[r], i);
+      for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + i + r / 2 * 8] = half_of(own->a[r], i);
+      for (int r = 0; r < 2; ++r) b[2 * t + i + r * 8][g] = half_of(own->b[r], i);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -40,7 +46,13 @@ inline void mma_m16n8k16_bf16_together(void* const (&lanes)[32], unsigned mask) 
 inline void mma_m16n8k16_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                               simt::Where where = simt::Where::current()) {
   MmaLane own{c, a, b};
-  simt::warp_collective(0xffffffffu, &own, mma_m16n8k16_bf16_together, where);
+  simt::warp_collective(0xffffffffu, &own, mma_m16n8k16_together<bf16_half>, where);
+}
+
+inline void mma_m16n8k16_f16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                             simt::Where where = simt::Where::current()) {
+  MmaLane own{c, a, b};
+  simt::warp_collective(0xffffffffu, &own, mma_m16n8k16_together<f16_half>, where);
 }
 
 }  // namespace peft_kernels

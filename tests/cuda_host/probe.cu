@@ -32,6 +32,7 @@ __global__ void block_kernel(int* out) {
 }
 
 // d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8], all row-major.
+template <bool Half>
 __global__ void mma_kernel(const unsigned short* a, const unsigned short* b, const float* c, float* d) {
   const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
   const auto pair = [](unsigned low, unsigned high) { return low | high << 16; };
@@ -43,7 +44,10 @@ __global__ void mma_kernel(const unsigned short* a, const unsigned short* b, con
     sums[r] = c[(g + r / 2 * 8) * 8 + 2 * t + r % 2];
   }
   for (int r = 0; r < 2; ++r) b_regs[r] = pair(b[(2 * t + r * 8) * 8 + g], b[(2 * t + 1 + r * 8) * 8 + g]);
-  mma_m16n8k16_bf16(sums, a_regs, b_regs);
+  if (Half)
+    mma_m16n8k16_f16(sums, a_regs, b_regs);
+  else
+    mma_m16n8k16_bf16(sums, a_regs, b_regs);
   for (int r = 0; r < 4; ++r) d[(g + r / 2 * 8) * 8 + 2 * t + r % 2] = sums[r];
 }
 
@@ -128,8 +132,9 @@ int probe_block(int* out, int blocks_x, int blocks_y, int threads) {
   return peft_kernels::launch(peft_kernels::block_kernel, grid, threads, static_cast<size_t>(threads) * 4, nullptr, out);
 }
 
-int probe_mma(const unsigned short* a, const unsigned short* b, const float* c, float* d, int threads) {
-  return peft_kernels::launch(peft_kernels::mma_kernel, 1, threads, 0, nullptr, a, b, c, d);
+int probe_mma(const unsigned short* a, const unsigned short* b, const float* c, float* d, int half, int threads) {
+  const auto kernel = half != 0 ? peft_kernels::mma_kernel<true> : peft_kernels::mma_kernel<false>;
+  return peft_kernels::launch(kernel, 1, threads, 0, nullptr, a, b, c, d);
 }
 
 int probe_convert(const float* in, unsigned short* bf16, unsigned short* half, float* back, int n) {
