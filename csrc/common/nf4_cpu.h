@@ -154,19 +154,39 @@ static inline void nf4_decode_block(const uint8_t* packed, const float* level, f
   }
 }
 
+// Whole blocks from `block` on. Where `size`, the blocksize, is known to the compiler, a block's lookups are laid out in a row.
+template <Way way, int64_t size, class T>
+static inline void nf4_decode_blocks(const Nf4Weight& w, const float* level, int64_t block, int64_t blocks, T* out) {
+  constexpr int64_t step = Nf4Table<T>::step;
+  const int64_t blocksize = size ? size : w.blocksize;
+  const uint8_t* bytes = w.packed + block * blocksize / 2;
+  for (const int64_t end = block + blocks; block < end; ++block, bytes += blocksize / 2, out += blocksize) {
+    const Nf4Table<T> table(level, nf4_scale(w, block));
+    if constexpr (size > 0) {
+      PK_UNROLL
+      for (int64_t i = 0; i < size; i += step) table.look_up(bytes + i / 2, out + i, way);
+    } else {
+      for (int64_t i = 0; i < blocksize; i += step) table.look_up(bytes + i / 2, out + i, way);
+    }
+  }
+}
+
 // out[0, count) = elements [start, start + count) of the flat tensor, for any start: float, bf16, f16, or double, which holds
 // the fp32 values. The same bits wherever a range begins and ends. Past the caches as in nf4_decode_block.
 template <Way way = Way::cached, class T>
 static inline void nf4_decode(const Nf4Weight& weight, int64_t start, int64_t count, T* out) {
   const Nf4Weight w = weight;  // to the compiler every store might change what the caller holds
   const float* level = nf4_levels(w);
+  const int64_t end = start + count, mask = w.blocksize - 1;
   const int shift = __builtin_ctzll(w.blocksize);
-  const int64_t end = start + count;
-  for (int64_t begin = start; begin < end;) {
-    const int64_t block = begin >> shift, stop = min64((block + 1) << shift, end);
-    nf4_decode_block<way>(w.packed, level, nf4_scale(w, block), begin, stop, out + (begin - start));
-    begin = stop;
-  }
+  // Up to the first block's end, whole blocks, and what is left.
+  const int64_t head = min64((start + mask) & ~mask, end), tail = head + ((end - head) & ~mask);
+  if (start < head) nf4_decode_block<way>(w.packed, level, nf4_scale(w, start >> shift), start, head, out);
+  if (w.blocksize == 64)
+    nf4_decode_blocks<way, 64>(w, level, head >> shift, (tail - head) >> shift, out + (head - start));
+  else
+    nf4_decode_blocks<way, 0>(w, level, head >> shift, (tail - head) >> shift, out + (head - start));
+  if (tail < end) nf4_decode_block<way>(w.packed, level, nf4_scale(w, tail >> shift), tail, end, out + (tail - start));
 }
 
 }  // namespace PK_ISA

@@ -220,17 +220,17 @@ static inline void quantize_blocks(const T* values, int64_t count, int64_t block
 }
 
 // The absmax of n scales less their offset, at most a block of them, and their codes: how many of the 255 bounds are below.
+// One bit of all codes at a time, so that no step waits for the one before it.
 static inline float quantize_scale_block(const float* scale, int64_t n, float offset, const float* bound, uint8_t* codes) {
   float values[kNestedBlock];
+  int32_t code[kNestedBlock] = {};
   for (int64_t i = 0; i < n; ++i) values[i] = scale[i] - offset;
   const float most = largest(values, n), inverse = 1 / most;
-  for (int64_t i = 0; i < n; ++i) {
-    const float scaled = values[i] * inverse;
-    int32_t code = 0;
-    PK_UNROLL
-    for (int32_t bit = 128; bit > 0; bit /= 2) code += scaled > bound[code + bit - 1] ? bit : 0;
-    codes[i] = static_cast<uint8_t>(code);  // NaN is above none: a block of equal scales, whose absmax is 0
-  }
+  for (int64_t i = 0; i < n; ++i) values[i] *= inverse;
+  for (int32_t bit = 128; bit > 0; bit /= 2)
+    for (int64_t i = 0; i < n; ++i) code[i] += bit * (values[i] > bound[code[i] + bit - 1]);
+  // NaN is above none: a block of equal scales, whose absmax is 0.
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(code[i]);
   return most;
 }
 
