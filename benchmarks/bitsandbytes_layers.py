@@ -6,27 +6,34 @@ from torch import nn
 import peft_kernels as pk
 
 
-def linear4bit(weight: pk.NF4Weight, compute_dtype: torch.dtype, bias: nn.Parameter | None = None) -> nn.Module:
-    """bnb.nn.Linear4bit that holds `weight` [N, K] itself, no copy; double quantisation is expected."""
-    import bitsandbytes as bnb  # a peer: only here when it is installed
-    from bitsandbytes.functional import QuantState, get_4bit_type
+def quant_state(weight: pk.NF4Weight):
+    """The QuantState of `weight`, over its own tensors."""
+    from bitsandbytes.functional import QuantState, get_4bit_type  # a peer: only here when it is installed
 
-    second = QuantState(absmax=weight.nested_absmax, code=weight.nested_code, blocksize=256, dtype=torch.float32)
-    state = QuantState(
+    second = None
+    if weight.double_quant:
+        second = QuantState(absmax=weight.nested_absmax, code=weight.nested_code, blocksize=256, dtype=torch.float32)
+    return QuantState(
         absmax=weight.absmax,
         shape=torch.Size(weight.shape),
         code=get_4bit_type(weight.quant_type, device=weight.device),
         blocksize=weight.blocksize,
         quant_type=weight.quant_type,
         dtype=weight.dtype,
-        offset=weight.nested_offset.squeeze(),
+        offset=weight.nested_offset.squeeze() if weight.double_quant else None,
         state2=second,
     )
+
+
+def linear4bit(weight: pk.NF4Weight, compute_dtype: torch.dtype, bias: nn.Parameter | None = None) -> nn.Module:
+    """bnb.nn.Linear4bit that holds `weight` [N, K] itself, no copy; double quantisation is expected."""
+    import bitsandbytes as bnb  # a peer: only here when it is installed
+
     (N, K), settings = weight.shape, {"compress_statistics": True, "quant_type": weight.quant_type}
     linear = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=compute_dtype, device="meta", **settings)
     packed = weight.packed.view(-1, 1)
     linear.weight = bnb.nn.Params4bit(
-        packed, False, quant_state=state, bnb_quantized=True, quant_type=weight.quant_type
+        packed, False, quant_state=quant_state(weight), bnb_quantized=True, quant_type=weight.quant_type
     )
     linear.bias = bias
     return linear

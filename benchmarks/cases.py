@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, norm, qlora_linear, qlora_memory
+from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, nf4, norm, qlora_linear
 from .bias_act import ActCase
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
@@ -13,11 +13,13 @@ from .held import leaked, memory
 from .lora_linear import LoRACase
 from .measure import PARTS, Contender, Effort
 from .memory_methods import Method
+from .nf4 import NF4Case
 from .norm_case import NormCase
 from .part_times import Result, Timed, time_part
+from .qlora_memory import METHODS as QLORA_METHODS
 from .rows import Row, make_row
 
-Case = LoRACase | BiasCase | ActCase | NormCase
+Case = LoRACase | BiasCase | ActCase | NormCase | NF4Case
 """A label, a dtype, M, and whether compiled peers are set beside it."""
 
 
@@ -111,6 +113,7 @@ PRIMITIVES = {
         lora_memory.METHODS,
         lora_linear.work,
     ),
+    "nf4": Primitive(nf4.contenders, nf4.SUITES, nf4.of_layers, work=nf4.work),
     "norm": Primitive(
         norm.contenders,
         {
@@ -133,7 +136,7 @@ PRIMITIVES = {
             "speed": [LoRACase(256, 512, 512, 16, dtype) for dtype in (torch.float32, torch.bfloat16)],
         },
         qlora_linear.of_layers,
-        qlora_memory.METHODS,
+        QLORA_METHODS,
     ),
 }
 
