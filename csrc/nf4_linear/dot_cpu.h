@@ -34,14 +34,15 @@ static inline float sum_lanes(__m256 v) {
 }
 #endif
 
-// Each: `height` rows of x by `rows` rows of W where these are decoded on the way, by `strip_rows` where they lie decoded;
-// `run` chunks are one chain of sums, and what of x and W is in the first cache meanwhile.
+// Each decodes a unit of two vectors, of its even and of its odd elements. Tiles are up to `height` rows of x by `rows` rows of
+// W, or up to `tall` by `tall_rows`, where W is decoded on the way, and `strip_height` by `strip_rows` where it lies decoded: as
+// many sums as there are registers. `run` chunks are one chain of sums, and what is in the first cache meanwhile.
 #if defined(__AVX512BF16__)
 // bf16: 32 lanes, two to a sum.
 struct DotBf16 {
   using X = bf16;
   using Vector = __m512i;
-  static constexpr int vectors = 2, lanes = 32, height = 6, rows = 4, strip_height = 6, strip_rows = 4, run = 32;
+  static constexpr int lanes = 32, height = 6, rows = 4, tall = 8, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 32;
   __m512 levels;
   explicit DotBf16(const float* level) : levels(_mm512_loadu_ps(level)) {}
   void decode(const uint8_t* packed, float scale, Vector* v) const {
@@ -50,6 +51,17 @@ struct DotBf16 {
     const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     v[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     v[1] = _mm512_permutexvar_epi16(words, table);
+  }
+  // The same in the elements' own order.
+  void decode_plain(const uint8_t* packed, float scale, bf16* out) const {
+    const __m512 values = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
+    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
+    PK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * h)));
+      const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+      _mm512_storeu_si512(out + 32 * h, _mm512_permutexvar_epi16(index, table));
+    }
   }
   static Vector load(const X* p) { return _mm512_loadu_si512(p); }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
@@ -61,17 +73,14 @@ struct DotBf16 {
 struct DotFloat {
   using X = float;
   using Vector = __m512;
-  static constexpr int vectors = 4, lanes = 16, height = 6, rows = 2, strip_height = 6, strip_rows = 4, run = 16;
+  static constexpr int lanes = 16, height = 6, rows = 4, tall = 8, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 16;
   __m512 levels;
   explicit DotFloat(const float* level) : levels(_mm512_loadu_ps(level)) {}
   void decode(const uint8_t* packed, float scale, Vector* v) const {
     const __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
-    PK_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * h)));
-      v[2 * h] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-      v[2 * h + 1] = _mm512_permutexvar_ps(words, table);
-    }
+    const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    v[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
+    v[1] = _mm512_permutexvar_ps(words, table);
   }
   static Vector load(const X* p) { return _mm512_loadu_ps(p); }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_fmadd_ps(w, x, acc); }
@@ -82,7 +91,7 @@ struct DotFloat {
 struct DotFloat {
   using X = float;
   using Vector = __m256;
-  static constexpr int vectors = 8, lanes = 8, height = 4, rows = 1, strip_height = 6, strip_rows = 2, run = 16;
+  static constexpr int lanes = 8, height = 4, rows = 1, tall = 4, tall_rows = 1, strip_height = 6, strip_rows = 2, run = 16;
   __m256 low, high;
   explicit DotFloat(const float* level) : low(_mm256_loadu_ps(level)), high(_mm256_loadu_ps(level + 8)) {}
   static __m256 look_up(__m256 below, __m256 above, __m256i codes) {
@@ -91,12 +100,9 @@ struct DotFloat {
   }
   void decode(const uint8_t* packed, float scale, Vector* v) const {
     const __m256 by = _mm256_set1_ps(scale), below = _mm256_mul_ps(low, by), above = _mm256_mul_ps(high, by);
-    PK_UNROLL
-    for (int h = 0; h < 4; ++h) {
-      const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * h)));
-      v[2 * h] = look_up(below, above, _mm256_srli_epi32(words, 4));
-      v[2 * h + 1] = look_up(below, above, words);
-    }
+    const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    v[0] = look_up(below, above, _mm256_srli_epi32(words, 4));
+    v[1] = look_up(below, above, words);
   }
   static Vector load(const X* p) { return _mm256_loadu_ps(p); }
   static __m256 madd(__m256 acc, Vector w, Vector x) { return _mm256_fmadd_ps(w, x, acc); }
@@ -125,12 +131,15 @@ struct PackedRows {
   const uint8_t* packed;
   const float* scales;
   int64_t row_bytes, row_scales;
+  // Unit u of row r.
   template <int R>
-  void get(int r, int64_t c, typename F::Vector* v) const {
-    const uint8_t* at = packed + r * row_bytes + c * (kDotChunk / 2);
-    if (c % 2 == 0) __builtin_prefetch(at + (R == 1 ? ahead : R * row_bytes));
-    if (R == 1 && c % 16 == 0) __builtin_prefetch(reinterpret_cast<const char*>(scales + c) + scales_ahead);
-    f.decode(at, scales[r * row_scales + c], v);
+  void get(int r, int64_t u, typename F::Vector* v) const {
+    constexpr int64_t per_chunk = kDotChunk / (2 * F::lanes);
+    const uint8_t* at = packed + r * row_bytes + u * F::lanes;
+    if (u % (2 * per_chunk) == 0) __builtin_prefetch(at + (R == 1 ? ahead : R * row_bytes));
+    if (R == 1 && u % (16 * per_chunk) == 0)
+      __builtin_prefetch(reinterpret_cast<const char*>(scales + u / per_chunk) + scales_ahead);
+    f.decode(at, scales[r * row_scales + u / per_chunk], v);
   }
 };
 
@@ -140,9 +149,9 @@ struct StripRows {
   const typename F::X* data;
   int64_t ld;
   template <int R>
-  void get(int r, int64_t c, typename F::Vector* v) const {
-    PK_UNROLL
-    for (int i = 0; i < F::vectors; ++i) v[i] = F::load(data + r * ld + c * kDotChunk + i * F::lanes);
+  void get(int r, int64_t u, typename F::Vector* v) const {
+    v[0] = F::load(data + r * ld + 2 * u * F::lanes);
+    v[1] = F::load(data + r * ld + (2 * u + 1) * F::lanes);
   }
 };
 
@@ -152,33 +161,34 @@ static inline void dot_tile(const Source& w, int64_t chunks, const typename F::X
                             int64_t sums_ld) {
   // With few tiles one chain each would wait for itself: several, over vectors and chunks.
   constexpr int chains = H * R >= 8 ? 1 : H * R >= 4 ? 2 : H * R >= 2 ? 4 : 8;
-  constexpr int unroll = chains > F::vectors ? chains / F::vectors : 1;
+  constexpr int unroll = chains > 2 ? chains / 2 : 1;
   decltype(F::zero()) acc[H][R][chains];
   PK_UNROLL
   for (int i = 0; i < H * R * chains; ++i) (&acc[0][0][0])[i] = F::zero();
-  const auto step = [&](int64_t c, int u) {
-    typename F::Vector v[R][F::vectors];
+  const auto step = [&](int64_t u, int chain) {
+    typename F::Vector v[R][2];
     PK_UNROLL
-    for (int r = 0; r < R; ++r) w.template get<R>(r, c, v[r]);
+    for (int r = 0; r < R; ++r) w.template get<R>(r, u, v[r]);
     PK_UNROLL
-    for (int i = 0; i < F::vectors; ++i) {
+    for (int i = 0; i < 2; ++i) {
       PK_UNROLL
       for (int h = 0; h < H; ++h) {
-        const typename F::Vector at = F::load(x + h * x_ld + c * kDotChunk + i * F::lanes);
+        const typename F::Vector at = F::load(x + h * x_ld + (2 * u + i) * F::lanes);
         PK_UNROLL
         for (int r = 0; r < R; ++r) {
-          auto& one = acc[h][r][(u * F::vectors + i) % chains];
+          auto& one = acc[h][r][(chain + i) % chains];
           one = F::madd(one, v[r][i], at);
         }
       }
     }
   };
-  int64_t c = 0;
-  for (; c + unroll <= chunks; c += unroll) {
+  const int64_t units = chunks * kDotChunk / (2 * F::lanes);
+  int64_t u = 0;
+  for (; u + unroll <= units; u += unroll) {
     PK_UNROLL
-    for (int u = 0; u < unroll; ++u) step(c + u, u);
+    for (int i = 0; i < unroll; ++i) step(u + i, 2 * i);
   }
-  for (; c < chunks; ++c) step(c, 0);
+  for (; u < units; ++u) step(u, 0);
   PK_UNROLL
   for (int h = 0; h < H; ++h) {
     PK_UNROLL
@@ -188,8 +198,10 @@ static inline void dot_tile(const Source& w, int64_t chunks, const typename F::X
     }
     float* to = sums + h * sums_ld;
 #if defined(__AVX512F__)
-    if constexpr (R == 4) {
-      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), sum_lanes(acc[h][0][0], acc[h][1][0], acc[h][2][0], acc[h][3][0])));
+    if constexpr (R >= 3) {
+      constexpr __mmask8 those = (1 << R) - 1;
+      const __m128 found = sum_lanes(acc[h][0][0], acc[h][1][0], acc[h][2][0], acc[h][R - 1][0]);
+      _mm_mask_storeu_ps(to, those, _mm_add_ps(_mm_maskz_loadu_ps(those, to), found));
       continue;
     }
 #endif
