@@ -5,21 +5,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, measure, nf4, norm, qlora_linear
+from . import bias_act, bias_grad, bitfit_memory, lora_linear, lora_memory, nf4, nf4_linear, norm, qlora_linear
 from .bias_act import ActCase
 from .bias_grad import BiasCase
 from .failures import FAILURES, because
 from .held import leaked, memory
 from .lora_linear import LoRACase
-from .measure import PARTS, Contender, Effort
+from .measure import PARTS, Contender, Effort, ratio
 from .memory_methods import Method
 from .nf4 import NF4Case
+from .nf4_linear import NF4LinearCase
 from .norm_case import NormCase
 from .part_times import Result, Timed, time_part
 from .qlora_memory import METHODS as QLORA_METHODS
 from .rows import Row, make_row
 
-Case = LoRACase | BiasCase | ActCase | NormCase | NF4Case
+Case = LoRACase | BiasCase | ActCase | NormCase | NF4Case | NF4LinearCase
 """A label, a dtype, M, and whether compiled peers are set beside it."""
 
 
@@ -114,6 +115,7 @@ PRIMITIVES = {
         lora_linear.work,
     ),
     "nf4": Primitive(nf4.contenders, nf4.SUITES, nf4.of_layers, work=nf4.work),
+    "nf4_linear": Primitive(nf4_linear.contenders, nf4_linear.SUITES, nf4_linear.of_layers, work=nf4_linear.work),
     "norm": Primitive(
         norm.contenders,
         {
@@ -181,10 +183,10 @@ def _times(timed: Timed, contender: Contender, floor: str) -> dict[str, object]:
     values = {"samples": len(mine.samples), "ms_p50": mine.median}
     values |= {"ms_p20": mine.percentile(20), "ms_p80": mine.percentile(80)}
     if floor in times:
-        over = measure.ratio(mine, times[floor])
+        over = ratio(mine, times[floor])
         values |= {"ratio_floor": over.median, "ratio_floor_low": over.low, "ratio_floor_high": over.high}
     if contender.rival in times:
-        over = measure.ratio(times[contender.rival], mine)
+        over = ratio(times[contender.rival], mine)
         values |= {"ours_over_this": over.median}
         values |= {"ours_over_this_low": over.low, "ours_over_this_high": over.high}
     return values
