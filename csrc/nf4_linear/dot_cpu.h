@@ -126,7 +126,7 @@ struct DotOf<Kind<Dot2, bf16>> {
 // it, reads reach 85 % of the bandwidth. Of several rows, the same place of the next ones is fetched.
 template <class F>
 struct PackedRows {
-  static constexpr int64_t ahead = 4096, scales_ahead = 1024;  // bytes
+  static constexpr int64_t ahead = 8192, scales_ahead = 1024;  // bytes
   F f;
   const uint8_t* packed;
   const float* scales;

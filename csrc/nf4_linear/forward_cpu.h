@@ -15,15 +15,15 @@ namespace PK_ISA {
 
 constexpr int64_t kStripe = 64;        // rows of W whose sums are finished together
 constexpr int64_t kPackedStripe = 60;  // the same where tiles have 3 or 4 rows of W
+constexpr int64_t kScalesAhead = 2;    // rows of W
 constexpr int64_t kForwardRows = 512;  // rows of x at a time: the sums of a stripe and a copy of x stay small
 
 #if defined(__AVX512F__)
 // table[codes] of 256 floats: a gather takes four times as long, and loads one by one into memory are read back late.
-static inline __m512 look_up(const float* table, __m512i codes) {
+static inline __m512 look_up(const __m512* table, __m512i codes) {
   __m512 of[8];  // by the lower five bits, of each 32
   PK_UNROLL
-  for (int i = 0; i < 8; ++i)
-    of[i] = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32 * i), codes, _mm512_loadu_ps(table + 32 * i + 16));
+  for (int i = 0; i < 8; ++i) of[i] = _mm512_permutex2var_ps(table[2 * i], codes, table[2 * i + 1]);
   PK_UNROLL
   for (int bit = 5; bit < 8; ++bit) {
     const __mmask16 upper = _mm512_test_epi32_mask(codes, _mm512_set1_epi32(1 << bit));
@@ -38,9 +38,12 @@ static inline __m512 look_up(const float* table, __m512i codes) {
 static inline void nested_scales(const Nf4Weight& w, int64_t i, int64_t count, float* scales) {
   int64_t j = 0;
 #if defined(__AVX512F__)
+  __m512 table[16];
+  PK_UNROLL
+  for (int k = 0; k < 16; ++k) table[k] = _mm512_loadu_ps(w.nested_code + 16 * k);
   for (; j + 16 <= count; j += 16) {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax8 + i + j)));
-    __m512 product = _mm512_mul_ps(look_up(w.nested_code, codes), _mm512_set1_ps(w.nested_absmax[i / kNestedBlock]));
+    __m512 product = _mm512_mul_ps(look_up(table, codes), _mm512_set1_ps(w.nested_absmax[i / kNestedBlock]));
     __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
     _mm512_storeu_ps(scales + j, _mm512_add_ps(product, _mm512_set1_ps(*w.nested_offset)));
   }
@@ -156,7 +159,9 @@ class ByStripes {
   // nf4_decode for whole chunks, without what it does for subnormal values, which the products here take for zero anyway.
   void decode_line(const F& f, int64_t first, int64_t chunks, X* line, int id) const {
     if constexpr (sizeof(X) == 2) {
-      const float* scales = scales_of(first / kDotChunk, chunks, id);
+      float* const made = scales_ + id * kPackedStripe * chunks_;
+      const float* scales = has_scales() ? f_.weight.absmax + first / kDotChunk : made;
+      if (!has_scales()) make_scales(first / kDotChunk, chunks, made);
       for (int64_t c = 0; c < chunks; ++c)
         f.decode_plain(f_.weight.packed + (first + c * kDotChunk) / 2, scales[c], line + c * kDotChunk);
     }
@@ -168,18 +173,27 @@ class ByStripes {
 
   void packed_stripe(int64_t n0, int64_t count, int id) const {
     const F f(nf4_levels(f_.weight));
-    // Of all rows at once: one row's would have to be waited for, each time.
-    const float* scales = scales_of(n0 * chunks_, count * chunks_, id);
+    float* const made = scales_ + id * kPackedStripe * chunks_;
+    const float* scales = has_scales() ? f_.weight.absmax + n0 * chunks_ : made;
+    int64_t ready = has_scales() ? count : 0;  // rows whose scales are there
+    // A row's scales are made before those of the rows ahead of it are used: made just in time they would be waited for, and
+    // made for all rows at once, no bytes would be fetched meanwhile.
+    const auto prepare = [&](int64_t rows) {
+      const int64_t until = min64(count, rows + kScalesAhead);
+      if (ready < until) make_scales((n0 + ready) * chunks_, (until - ready) * chunks_, made + ready * chunks_);
+      ready = ready < until ? until : ready;
+    };
     float* sums = sums_ + id * most_ * kStripe;
     memset(sums, 0, f_.M * kStripe * sizeof(float));
     const int64_t groups = f_.M <= F::tall ? 1 : ceil_div(f_.M, F::height), height = ceil_div(f_.M, groups);
     int64_t n = 0;
     if (height > F::height)
       for (; n + F::tall_rows <= count; n += F::tall_rows)
-        packed_rows<F::tall, F::tall_rows>(f, n0 + n, scales + n * chunks_, height, sums + n);
+        prepare(n + F::tall_rows), packed_rows<F::tall, F::tall_rows>(f, n0 + n, scales + n * chunks_, height, sums + n);
     else if (f_.M > 1)
-      for (; n + F::rows <= count; n += F::rows) packed_rows<F::height, F::rows>(f, n0 + n, scales + n * chunks_, height, sums + n);
-    for (; n < count; ++n) packed_rows<F::tall, 1>(f, n0 + n, scales + n * chunks_, height, sums + n);
+      for (; n + F::rows <= count; n += F::rows)
+        prepare(n + F::rows), packed_rows<F::height, F::rows>(f, n0 + n, scales + n * chunks_, height, sums + n);
+    for (; n < count; ++n) prepare(n + 1), packed_rows<F::tall, 1>(f, n0 + n, scales + n * chunks_, height, sums + n);
     finish(sums, 0, f_.M, n0, count);
   }
 
@@ -196,12 +210,12 @@ class ByStripes {
     }
   }
 
-  // The scales of `count` chunks of the flat tensor from chunk i on: in their place where each chunk is a block.
-  const float* scales_of(int64_t i, int64_t count, int id) const {
+  // Whether the scale of each chunk lies in its place.
+  bool has_scales() const { return f_.weight.absmax && f_.weight.blocksize == kDotChunk; }
+
+  // The scales of `count` chunks of the flat tensor from chunk i on.
+  void make_scales(int64_t i, int64_t count, float* scales) const {
     const Nf4Weight w = f_.weight;
-    if (w.absmax && w.blocksize == kDotChunk) return w.absmax + i;
-    float* const found = scales_ + id * kPackedStripe * chunks_;
-    float* scales = found;
     const int shift = __builtin_ctzll(w.blocksize / kDotChunk);
     const int64_t end = i + count;
     while (shift == 0 && w.absmax8 && i < end) {
@@ -210,7 +224,6 @@ class ByStripes {
       scales += stop - i, i = stop;
     }
     for (; i < end; ++i, ++scales) *scales = nf4_scale(w, i >> shift);
-    return found;
   }
 };
 
