@@ -160,6 +160,19 @@ def check_nf4_quantize(sass: str) -> None:
         assert len(re.findall(r"\bLDG\.E\.EF\.128", kernel.partition("SHFL")[0])) == 4, kernel.partition("\n")[0]
 
 
+def check_nf4_linear(sass: str) -> None:
+    """Every piece of W is one load, twice in the code: ahead of the loop, and in it for the step to come."""
+    for kernel in sass.split("Function : ")[1:]:
+        name = kernel.partition("\n")[0]
+        if "parts_kernel" in name:
+            continue
+        tiles, size = re.search(r"Li(\d)ELi\dELi(\d+)E", name).groups() if "mma" in name else (2, 16)
+        wide = {4: "LDG.E.EF", 8: "LDG.E.EF.64", 16: "LDG.E.EF.128"}[int(size)]
+        loads = len(re.findall(rf"\b{re.escape(wide)} ", kernel))
+        pieces = 2 * int(tiles) * 32 // int(size) if "mma" in name else 4
+        assert loads == 2 * pieces, f"{loads} loads of {wide} in {name}, not {2 * pieces}"
+
+
 def check_act(sass: str) -> None:
     """Both operands of four rows on their way before anything is added, and no dz in pieces."""
     kernels = [kernel for kernel in sass.split("Function : ")[1:] if "Wide" in kernel.partition("\n")[0]]
@@ -191,6 +204,8 @@ def test_general_kernels(source, arch, tmp_path):
         check_act(sass)
     if source.name == "nf4_dequantize.cu":
         check_nf4_dequantize(sass)
+    if source.name == "nf4_linear.cu":
+        check_nf4_linear(sass)
     if source.name == "nf4_quantize.cu":
         check_nf4_quantize(sass)
 

@@ -84,8 +84,8 @@ cudaError_t run_simt(const Nf4Linear& a, int sm_count, cudaStream_t stream) {
   const SimtPlan plan = plan_simt(a, sm_count);
   const long long blocks = ceil_div(a.N, kSimtRows * (kSimtWarps / plan.ways));
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(nf4_linear_simt_kernel<T, M>, dim3(static_cast<unsigned>(blocks)), dim3(kSimtThreads), kSimtBytes,
-                stream, a, plan, tables_of(a.weight.fp4));
+  return launch(nf4_linear_simt_kernel<T, M>, dim3(static_cast<unsigned>(blocks)), dim3(kSimtThreads),
+                kPairTableBytes + kSimtBytes, stream, a, plan, tables_of(a.weight.fp4));
 }
 
 template <typename T>

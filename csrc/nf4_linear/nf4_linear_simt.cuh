@@ -4,9 +4,10 @@
 // read it. The warps that share rows (`ways`) take every so many steps of 1024 columns, and their sums are added in
 // order.
 //
-// Floor: as for the tensor cores' kernel. Shared memory gives an SM 32 levels per clock: 16 bytes of weights, 13 with
-// the loads of x, shared by four rows; an H100's HBM gives an SM 14.5, so this kernel stays within nine tenths of that.
-// In flight: 64 bytes per lane, loaded a step ahead: 16 KB per block of 8 warps, of which two or three share an SM.
+// Floor: as for the tensor cores' kernel. A pair of levels is one lookup by its byte, in a table of which 16 lanes have
+// a copy each, in banks of their own. Shared memory gives an SM 32 levels per clock: 16 bytes of weights, 13 with the
+// loads of x, shared by four rows; an H100's HBM gives an SM 14.5, so this kernel stays within nine tenths of that. In
+// flight: 64 bytes per lane, loaded a step ahead: 16 KB per block of 8 warps, of which two share an SM.
 #pragma once
 
 #include "nf4_linear_common.cuh"
@@ -16,6 +17,7 @@ namespace peft_kernels {
 constexpr int kSimtRows = 4, kSimtWarps = 8, kSimtThreads = 32 * kSimtWarps;
 constexpr int kLaneK = 32, kSimtStepK = 32 * kLaneK;  // columns of a lane, and of a warp, at once
 constexpr int kSimtBytes = 32 << 10;                  // of x in shared memory at once
+constexpr int kPairTableBytes = 256 * 16 * 8;
 
 struct SimtPlan {
   int ways;   // warps that share rows: 1, 2, 4 or 8
@@ -42,6 +44,16 @@ __device__ __forceinline__ void load_step(const Nf4Linear& a, int shift, const i
   for (int r = 0; r < kSimtRows; ++r) step.scales[r] = load_scale(a.weight, (rows[r] * a.K + k) >> shift);
 }
 
+// 16 copies of the pairs of levels, by byte; the high half of a byte comes first.
+__device__ __forceinline__ void fill_pair_table(unsigned char* table, const Nf4Tables& tables) {
+  const int byte = static_cast<int>(threadIdx.x);
+  const unsigned high = __float_as_uint(tables.level[byte >> 4]), low = __float_as_uint(tables.level[byte & 15]);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)  // neighbours begin at different banks
+    reinterpret_cast<uint4*>(table)[byte * 8 + (i + byte) % 8] = {high, low, high, low};
+}
+static_assert(kSimtThreads == 256, "a thread fills in one byte's pairs");
+
 // Sums of a way's warp, by way, row of W and row of x.
 template <int M>
 struct SimtSums {
@@ -63,8 +75,14 @@ __global__ void __launch_bounds__(kSimtThreads, M > 2 ? 1 : 2)
   SimtStep next = {};
   load_step(a, plan.shift, rows, k + lane * kLaneK, next);
   const ScaleTable scale_table(a.weight);
-  const Nf4Levels& levels = shared_levels(tables);
-  uint4* const x = reinterpret_cast<uint4*>(dynamic_shared());  // [M, steps of the chunk, kPieces, 32 lanes]
+  unsigned char* const table = dynamic_shared();
+  fill_pair_table(table, tables);
+  // The pair of byte i of `word`: bits 7 to 14 of where it lies are the byte.
+  const auto lookup = [own = table + lane % 16 * 8](unsigned word, int i) {
+    const unsigned at = i == 0 ? word << 7 : word >> (8 * i - 7);
+    return *reinterpret_cast<const float2*>(own + (at & 0x7f80u));
+  };
+  uint4* const x = reinterpret_cast<uint4*>(table + kPairTableBytes);  // [M, steps of the chunk, kPieces, 32 lanes]
 
   float sums[kSimtRows][M] = {};
   for (int64_t chunk = 0; chunk < a.K; chunk += kChunk) {
@@ -102,10 +120,13 @@ __global__ void __launch_bounds__(kSimtThreads, M > 2 ? 1 : 2)
           const uint4& bits = step.codes[r];
           const unsigned codes = word == 0 ? bits.x : word == 1 ? bits.y : word == 2 ? bits.z : bits.w;
 #pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            const float level = levels.of[codes >> code_shift(c) & 15];
+          for (int byte = 0; byte < 4; ++byte) {
+            const float2 levels = lookup(codes, byte);
 #pragma unroll
-            for (int m = 0; m < M; ++m) parts[r][m] = __fmaf_rn(level, values[m][c], parts[r][m]);
+            for (int m = 0; m < M; ++m) {
+              parts[r][m] = __fmaf_rn(levels.x, values[m][2 * byte], parts[r][m]);
+              parts[r][m] = __fmaf_rn(levels.y, values[m][2 * byte + 1], parts[r][m]);
+            }
           }
         }
       }
