@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from cuda_host import act, bias_grad, norm
+from cuda_host import act, bias_grad, nf4_linear, norm
 from cuda_host.build import CXX, library
 
 from peft_kernels._core.registry import WORKSPACE
@@ -84,3 +84,17 @@ def test_norm_bwd(lib, need_dx, dtype):
     hold("norm_bwd", asked, declared)
     if need_dx:
         hold_tight([cuda_sums.norm_sums(*shape, 2, dtype) for shape in SHAPES], asked)
+
+
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+def test_nf4_linear(lib, blocksize):
+    asked, declared = {}, {}
+    shapes = product((1, 2, 3, 8, 16, 17, 64), (64, 1000, 4096, 14_336, 128_256), (256, 4096, 14_336, 28_672))
+    for case in product(shapes, nf4_linear.DTYPES, SMS):
+        (M, N, K), dtype, sm_count = case
+        args = nf4_linear.Linear(M=M, N=N, K=K, dtype=nf4_linear.DTYPES[dtype])
+        args.weight.blocksize = blocksize
+        asked[case] = nf4_linear.workspace_bytes(lib(nf4_linear.SOURCE), args, sm_count)
+        declared[case] = cuda_sums.nf4_products(M, N, K, blocksize, dtype)
+    hold("nf4_linear_fwd", asked, declared)
+    hold_tight(list(declared.values()), asked)
