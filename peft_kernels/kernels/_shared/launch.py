@@ -1,11 +1,14 @@
 """Launching Triton kernels from Python at the cost of a dictionary look-up instead of a specialisation per argument."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..._core.registry import planned_arch
 
 _MOST_KINDS = 256  # per plan; what was compiled is kept by Triton, so forgetting costs one slow launch
 _SMALL_STORAGE = 2**31  # bytes: on AMD Triton compiles smaller tensors to 32-bit offsets
@@ -14,6 +17,20 @@ _SMALL_STORAGE = 2**31  # bytes: on AMD Triton compiles smaller tensors to 32-bi
 def cdiv(a: int, b: int) -> int:
     """ceil(a / b); triton.cdiv costs 1.3 us of the host a call, as much as an allocation."""
     return -(-a // b)
+
+
+def arch_of(device: torch.device) -> int | str:
+    """90 for compute capability 9.0, "gfx942" on ROCm; for CPU tensors, which the interpreter or a memory prediction
+    takes, what is planned for: 90 unless said otherwise."""
+    return _gpu_arch(device) if device.type == "cuda" else planned_arch()
+
+
+@lru_cache
+def _gpu_arch(device: torch.device) -> int | str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from .._shared.launch import arch_of
 from . import reference
 from .configs import Config, pick_config
-from .triton_launch import TL_DTYPES, arch_of, down, dy_pass, gemm, outer
+from .triton_launch import TL_DTYPES, down, dy_pass, gemm, outer
 
 
 def _config(M: int, N: int, K: int, R: int, like: Tensor, dropout: bool) -> Config:

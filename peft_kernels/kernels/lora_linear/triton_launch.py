@@ -7,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..._core.registry import planned_arch
 from .._shared.launch import Plan, cdiv, launch
 from .._shared.sums import sum_parts
 from .._shared.tiles import is_transposed
@@ -19,20 +18,6 @@ from .triton_passes import _lora_bwd_da_kernel, _lora_bwd_dy_kernel, _lora_down_
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FLUSH = 8  # fp32: block sums of the K loop are moved to a second accumulator every 8 steps
-
-
-def arch_of(device: torch.device) -> int | str:
-    """90 for compute capability 9.0, "gfx942" on ROCm; for CPU tensors, which the interpreter or a memory prediction
-    takes, what is planned for: 90 unless said otherwise."""
-    return _gpu_arch(device) if device.type == "cuda" else planned_arch()
-
-
-@lru_cache
-def _gpu_arch(device: torch.device) -> int | str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @lru_cache
