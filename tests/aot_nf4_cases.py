@@ -4,9 +4,9 @@ import aot
 import pytest
 import torch
 
+from peft_kernels._core.parts import PARTS
 from peft_kernels.formats.nf4 import BLOCKSIZES
 from peft_kernels.kernels._shared import nf4 as shared
-from peft_kernels.kernels.lora_linear.parts import PARTS
 from peft_kernels.kernels.nf4 import triton_impl
 
 N, K = 14336, 4096

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton, which is o
 
 import aot
 from aot_nf4_cases import test_nf4_dequantize, test_nf4_quantize  # noqa: F401 - collected here
+from aot_nf4_linear_cases import test_nf4_linear  # noqa: F401 - collected here
 from aot_norm_cases import test_norms  # noqa: F401 - collected here
 
 from peft_kernels.kernels._shared import columns, sums

@@ -1,10 +1,16 @@
-"""Schemas, fakes, sharding and registration of nf4_linear_fwd and nf4_linear_bwd."""
+"""Schemas, fakes, declared temporaries, sharding and registration of nf4_linear_fwd and nf4_linear_bwd."""
 
 from torch import Tensor
 
+from ..._core import native
 from ..._core.registry import define_op
 from ..._core.sharding import REPLICATE, share
 from . import reference
+
+if native.HAS_TRITON:
+    from . import triton_impl
+else:
+    triton_impl = None
 
 
 def _fwd_fake(
@@ -30,12 +36,16 @@ nf4_linear_fwd = define_op(
     "int N) -> Tensor",
     reference=reference.nf4_linear_fwd,
     fake=_fwd_fake,
+    triton=triton_impl and triton_impl.nf4_linear_fwd,
+    workspace=triton_impl and triton_impl.nf4_linear_fwd_workspace,
 )
 
 nf4_linear_bwd = define_op(
     f"nf4_linear_bwd(Tensor dy, {_WEIGHT}, Tensor? addend, str quant_type, int blocksize, int K) -> Tensor",
     reference=reference.nf4_linear_bwd,
     fake=_bwd_fake,
+    triton=triton_impl and triton_impl.nf4_linear_bwd,
+    workspace=triton_impl and triton_impl.nf4_linear_bwd_workspace,
 )
 
 
