@@ -9,7 +9,7 @@ rounding each in the accumulator.
 
 import numpy as np
 import torch
-from bounds import Approx, accumulator
+from bounds import Approx, accumulator, unit_roundoff
 from torch import Tensor
 
 from peft_kernels.formats.nf4 import LEVELS, NF4Weight
@@ -44,7 +44,12 @@ def _finished(product: Approx, bias: Tensor | None, addend: Tensor | None, dtype
         beside = Approx(row.value.expand_as(product.value), row.error.expand_as(product.value))
     if addend is not None:
         added = Approx.exact(addend)
-        beside = added if beside is None else beside.plus(added).rounded(dtype)
+        both = None if beside is None else beside.plus(added).rounded(dtype)
+        if both is not None:
+            # Or one after the other: the first sum's rounding is of what it is then, however small the last sum.
+            first = torch.maximum(product.plus(beside).reach, product.plus(added).reach)
+            both = Approx(both.value, both.error + unit_roundoff(wide) * first)
+        beside = added if both is None else both
     if beside is not None:
         product = product.plus(beside).rounded(wide).rounded(wide)
     found = product if dtype == wide else product.rounded(dtype)

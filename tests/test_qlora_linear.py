@@ -105,6 +105,17 @@ def test_exact_bytes_saved(device, M, p):
     assert ours(("bias",)) == 0
 
 
+@pytest.mark.parametrize("needed", [("x",), ("lora_a", "lora_b", "bias")], ids="-".join)
+def test_the_weight_is_kept_for_dx_alone(device, needed):
+    data = inputs(PLAIN, device)
+    weight, saved = quantized(data, True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.data_ptr()), lambda tensor: tensor
+    ):
+        call(leaves(data, needed), weight, PLAIN)
+    assert (weight.packed.data_ptr() in saved) == ("x" in needed)
+
+
 @pytest.mark.parametrize("M", [33, MANY])
 def test_a_weight_overwritten_in_between_is_found_out(device, M):
     data = inputs(replace(PLAIN, M=M), device)

@@ -96,7 +96,7 @@ def _decode_json(key: str, tensor: Tensor) -> dict[str, Any]:
     _require(not tensor.is_meta, key, "is on the meta device, where it cannot be read")
     try:
         fields = json.loads(bytes(tensor.tolist()).decode())
-    except ValueError as error:  # of JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or UTF-8
         raise ValueError(f"{key} is not JSON in UTF-8: {error}") from error
     _require(isinstance(fields, dict), key, f"holds {type(fields).__name__}, not an object")
     return fields
@@ -110,7 +110,8 @@ def _check_fields(key: str, fields: dict[str, Any]) -> None:
     unknown = sorted(set(fields) - set(expected))
     _require(not unknown, key, f"holds unknown fields {unknown}")
     quant_type, shape = fields["quant_type"], fields["shape"]
-    _require(key.endswith(STATE + str(quant_type)) and quant_type in LEVELS, key, f"holds quant_type {quant_type!r}")
+    known = isinstance(quant_type, str) and quant_type in LEVELS and key.endswith(STATE + quant_type)
+    _require(known, key, f"holds quant_type {quant_type!r}")
     blocksize = fields["blocksize"]
     _require(_whole(blocksize) and blocksize in BLOCKSIZES, key, f"holds blocksize {blocksize!r}")
     _require(isinstance(fields["dtype"], str) and fields["dtype"] in DTYPES, key, f"holds dtype {fields['dtype']!r}")
@@ -134,6 +135,7 @@ def _bytes(key: str, tensor: Tensor, shape: list[int]) -> tuple[Tensor, bool]:
     row = tensor.dim() == 2 and tensor.shape[0] == 1 != tensor.shape[1]
     length = -(-math.prod(shape) // 2)
     fits = tensor.dim() == 2 and 1 in tensor.shape and tensor.numel() * tensor.dtype.itemsize == length
+    fits = fits and (tensor.dtype == torch.uint8 or tensor.dtype.is_floating_point)
     if not fits:
         raise ValueError(
             f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {length} bytes in one column for shape {shape}"

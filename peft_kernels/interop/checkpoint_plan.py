@@ -42,7 +42,8 @@ class CheckpointPlan:
         self.expected = model.state_dict(keep_vars=True)
         for name in names:
             self._check_small(name)
-            self.expected.pop(f"{name}.weight")
+            weight = self.expected[f"{name}.weight"]  # a layer may stand under several names
+            self.expected = {key: tensor for key, tensor in self.expected.items() if tensor is not weight}
         self.tied = self._check_keys(model, {key for name in names for key in self.parts[name].values()})
 
     def _target(self, name: str) -> nn.Module:

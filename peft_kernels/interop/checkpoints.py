@@ -29,8 +29,8 @@ def _check_config(path: Path) -> None:
     settings = read_json(file).get("quantization_config") if file.is_file() else None
     if settings is None:
         return
-    method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else settings
-    if method != "bitsandbytes" or not settings.get("load_in_4bit"):
+    fields = settings if isinstance(settings, dict) else {}
+    if fields.get("quant_method", "bitsandbytes") != "bitsandbytes" or not fields.get("load_in_4bit"):
         raise ValueError(f"{file}: quantization_config is {settings}; expected bitsandbytes' with load_in_4bit")
 
 
@@ -116,12 +116,18 @@ def load_quantized(
 
 
 def _contents(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's state_dict, each tensor once under its first name."""
+    """The base model's state_dict, each tensor once under its first name, and so each 4-bit layer."""
     adapters = tuple(f"{name}.{part}." for name, _ in fused_layers(model) for part in ("lora_A", "lora_B", "lora_bias"))
+    first = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    again = tuple(
+        f"{name}.weight."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, NF4Base) and first[id(module)] != name
+    )
     contents, seen = {}, set()
     for key, tensor in model.state_dict().items():
         place = tensor.data_ptr(), tensor.shape, tensor.dtype
-        if key.startswith(adapters) or (tensor.numel() and place in seen):
+        if key.startswith((*adapters, *again)) or (tensor.numel() and place in seen):
             continue
         seen.add(place)
         contents[key] = tensor
@@ -159,13 +165,16 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
         max_shard_size: bytes of a file, at most, but for single tensors larger than that.
 
     Raises:
-        ValueError: nothing in 4 bits, HF PEFT's wrappers, or modules_to_save, which belong to an adapter.
+        ValueError: nothing in 4 bits, a bare layer, HF PEFT's wrappers, or modules_to_save, which belong to an
+            adapter.
     """
     model, folder = uncompiled(model), Path(path)
     refuse_peft(model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, NF4Base) and m.quantised is not None}
     if not layers:
         raise ValueError(f"save_quantized: {type(model).__name__} has no layer in 4 bits")
+    if "" in layers:
+        raise ValueError(f"save_quantized: {type(model).__name__} is itself the layer: save its state_dict()")
     copies = trainable_copies(model)
     if copies:
         raise ValueError(f"save_quantized: {copies[0][0]} is one of modules_to_save: delete the adapter first")

@@ -1,5 +1,6 @@
 """A model's safetensors files: what lies where, read one tensor at a time; and written, in shards with an index."""
 
+import contextlib
 import json
 import os
 import re
@@ -32,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError, with the path, unless it is an object in UTF-8."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not an object")
@@ -87,6 +88,8 @@ def _found(path: Path) -> Iterator[tuple[Path, list[str]]]:
         if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
             raise ValueError(f"{path / INDEX} holds no weight_map from keys to files")
         for key, file in placed.items():
+            if Path(file).name != file:
+                raise ValueError(f"{path / INDEX} places {key} in {file}, which is no file of this folder")
             keys.setdefault(file, []).append(key)
         for file, own in keys.items():
             if not (path / file).is_file():
@@ -112,26 +115,31 @@ def _shards(contents: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
 
 
 def write_tensors(folder: Path, contents: dict[str, Tensor], limit: int) -> None:
-    """One file, or shards of at most `limit` bytes with an index, which is written last. Earlier ones are removed.
+    """One file, or shards of at most `limit` bytes with an index. Earlier ones are removed.
 
-    Each file is written under a temporary name and moved into place; a shard at a time is copied to host memory.
+    All is written under temporary names before anything is moved into place, so that a full disk leaves the earlier
+    files as they were. While shards are moved there is no index: what is half moved does not load. A shard at a time
+    is copied to host memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(contents, limit)
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    placed: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        own = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
-        save_file(own, folder / f"{name}.tmp", metadata={"format": "pt"})
-        os.replace(folder / f"{name}.tmp", folder / name)
-        placed.update(dict.fromkeys(shard, name))
-    if count > 1:
-        total = sum(tensor.nbytes for tensor in contents.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2, sort_keys=True) + "\n"
-        (folder / f"{INDEX}.tmp").write_text(text)
-        os.replace(folder / f"{INDEX}.tmp", folder / INDEX)
-    else:
+    placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = sum(tensor.nbytes for tensor in contents.values())
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    with contextlib.ExitStack() as left_over:
+        for name in (*names, INDEX):
+            left_over.callback((folder / f"{name}.tmp").unlink, missing_ok=True)
+        for name, shard in zip(names, shards, strict=True):
+            own = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
+            save_file(own, folder / f"{name}.tmp", metadata={"format": "pt"})
+        (folder / f"{INDEX}.tmp").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if count > 1:
+            (folder / INDEX).unlink(missing_ok=True)
+        for name in (*names, *([INDEX] if count > 1 else [])):
+            os.replace(folder / f"{name}.tmp", folder / name)
+    if count == 1:
         (folder / INDEX).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.name not in names and (entry.name == WEIGHTS or _SHARD.fullmatch(entry.name)):

@@ -137,6 +137,8 @@ class NF4Base(nn.Module):
             raise ValueError(f"{name} is stored transposed, in a row {list(dense.shape)}: pack it anew as [N, K]")
         if stored.weight.shape != own.shape:
             raise ValueError(f"{name} is of shape {list(stored.weight.shape)}; expected {list(own.shape)}")
+        if dense.is_meta and not assign and not self.weight.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no values")
         if self.weight.is_meta and not assign and not dense.is_meta:
             raise ValueError(f"{name} of the layer is on the meta device, where nothing can be copied to: assign=True")
         return stored

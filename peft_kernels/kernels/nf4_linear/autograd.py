@@ -60,15 +60,16 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """x @ W.T + bias over a 4-bit weight, differentiable in x and bias.
 
     Args:
-        x: [..., K], floating, any strides. Products are made in its dtype, whatever dtype the weight had.
+        x: [..., K], floating, any strides. Whatever dtype the weight had, its values are used in x's or in fp32.
         weight: of shape [N, K], frozen; see `nf4_quantize`.
         bias: [N], any floating dtype, or None.
 
     Returns:
         [..., N] in x's dtype (the autocast dtype under autocast).
 
-    Saved for backward: the 4-bit weight if x requires grad; never x, and never a dequantised weight. A second
-    derivative raises RuntimeError; `torch.func` transforms are not supported.
+    Saved for backward: the 4-bit weight if x requires grad; never x, and never a dequantised weight. The result has
+    the same bits every run; on a CPU the last ones may change with the number of threads. A second derivative raises
+    RuntimeError; `torch.func` transforms are not supported.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
