@@ -42,7 +42,6 @@ def test_names_are_in_bitsandbytes_order_behind_weight_and_bias():
 def test_round_trip_is_strict_and_exact(shape, double_quant):
     source = pk.NF4Linear(shape[1], shape[0], dtype=torch.float16, double_quant=double_quant)
     target = pk.NF4Linear(shape[1], shape[0], dtype=torch.float32, blocksize=128)
-    weight = target.weight
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.dequantize(), source.dequantize()) and target.dequantize().dtype == torch.float16
     assert repr(target) == repr(source)
@@ -51,7 +50,9 @@ def test_round_trip_is_strict_and_exact(shape, double_quant):
     weight = again.weight
     again.load_state_dict(source.state_dict())
     assert again.weight is weight, "where everything fits, the Parameters stay and are written to"
-    assert torch.equal(weight, source.weight)
+    assert torch.equal(weight, source.weight) and torch.equal(
+        again.dequantize(torch.float32), source.dequantize(torch.float32)
+    )
 
 
 def test_assign_takes_the_tensors_of_the_dict():
