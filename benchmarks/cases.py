@@ -38,8 +38,9 @@ class Primitive:
     of_layers: Callable[..., list[Case]]
     """(a model's linear layers as (in, out) features, M, R, dtype, dropout) -> cases."""
     methods: tuple[Method, ...] = ()
-    work: Callable[[dict[str, float], str, bool], tuple[float, float]] | None = None
-    """(sizes of a case, dtype's name, whether of the floor) -> bytes that must move and FLOPs, for the roofline."""
+    work: Callable[[dict[str, float | str], str, bool], tuple[float, float]] | None = None
+    """(values of a case's label, dtype's name, whether of the floor) -> bytes that must move, and FLOPs."""
+    has_ops: bool = True  # of its own, whose implementations `make gpu` tests by name; else it is made of others'
 
 
 def _lora_gpu() -> list[LoRACase]:
@@ -139,6 +140,7 @@ PRIMITIVES = {
         },
         qlora_linear.of_layers,
         QLORA_METHODS,
+        has_ops=False,
     ),
 }
 

@@ -103,7 +103,7 @@ def roofline(found: list[Row], ceilings: dict, work: Callable) -> Figure | None:
     axes = figure.subplots()
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in timed:
-        moved, flops = work(sizes(row), row["dtype"], row["role"] == "floor")
+        moved, flops = work(rows.values_of(row["case"]), row["dtype"], row["role"] == "floor")
         points[row["contender"]].append((flops / moved, flops / float(row["ms_p50"]) / 1e9))
     for contender, its in points.items():
         marker = "o" if contender.startswith("peft_kernels") else "s"

@@ -138,7 +138,7 @@ def test_the_layers_of_a_named_model(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lora"], "primitive 'lora'; expected one or more of bias_act, bias_grad, lora_linear, nf4, norm"),
+        (["lora"], "primitive 'lora'; expected one or more of bias_act, bias_grad, lora_linear, nf4, nf4_linear, norm"),
         (["--rows", "0"], "--rows is 0; expected at least 1"),
         (["--rounds", "0"], "--rounds is 0; expected at least 1"),
         (["--dropout", "1"], "--dropout is 1.0; expected 0 up to"),
