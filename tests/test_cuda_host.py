@@ -1,5 +1,7 @@
 """The shim that runs CUDA kernels on a CPU: what it computes, and that it reports what a GPU shows only at times."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cuda_host.build import CXX, library
@@ -130,3 +132,16 @@ def test_launches_no_gpu_takes(probe):
     assert probe.probe_block(None, 1, 1, 1025) == BAD_CONFIGURATION
     assert probe.probe_block(None, 0, 1, 32) == BAD_CONFIGURATION
     assert probe.probe_block(None, 1, 65536, 32) == BAD_CONFIGURATION
+
+
+def test_a_launch_gives_its_mappings_back(probe):
+    """Linux grants a process 65,530 of them: two for each thread of each library would end a whole run of the tests."""
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = mappings()
+    with memory(probe) as device:
+        assert probe.probe_block(at(device.empty((1, 1, 1024), torch.int32)), 1, 1, 1024) == 0
+        assert probe.probe_fault(list(REPORTS).index("write_past"), at(device.put(torch.zeros(64)))) == FAILED
+    assert mappings() < before + 100

@@ -8,8 +8,10 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -30,16 +32,30 @@ const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));
 
 size_t up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
+[[noreturn]] void out_of_memory(const char* what) {
+  fprintf(stderr, "simt: %s: %s\n", what, strerror(errno));
+  abort();
+}
+
+unsigned char* map_pages(size_t bytes, int flags = 0) {
+  void* map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+  if (map == MAP_FAILED) out_of_memory("mmap");
+  return static_cast<unsigned char*>(map);
+}
+
+void guard(void* page) {
+  if (mprotect(page, kPage, PROT_NONE) != 0) out_of_memory("mprotect");
+}
+
 // `bytes` that end as close before a page that faults as the alignment lets them; the rest of their pages is poison too.
 struct Guarded {
   unsigned char *map, *begin;
   size_t pages, bytes;
 
   Guarded(size_t bytes, size_t alignment) : pages(up(bytes + 1, kPage)), bytes(bytes) {
-    map = static_cast<unsigned char*>(
-        mmap(nullptr, pages + 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(map, kPage, PROT_NONE);
-    mprotect(map + kPage + pages, kPage, PROT_NONE);
+    map = map_pages(pages + 2 * kPage);
+    guard(map);
+    guard(map + kPage + pages);
     begin = map + kPage + (pages - bytes) / alignment * alignment;
     poison();
   }
@@ -76,7 +92,7 @@ struct Fiber {
 constexpr size_t kStack = 256 << 10, kMostThreads = 1024;
 
 struct Engine {
-  std::vector<Fiber> fibers;  // those of the running block; each lives on its stack from launch to launch
+  std::vector<Fiber> fibers;  // those of the running block; each lives on its stack from block to block
   unsigned char* stacks = nullptr;
   const std::function<void()>* thread = nullptr;
   size_t current = 0, running = 0, at_barrier = 0;
@@ -107,7 +123,7 @@ void start(size_t i) {
   ucontext_t begin, here;
   getcontext(&begin);
   unsigned char* stack = engine.stacks + i * (kStack + kPage);
-  mprotect(stack, kPage, PROT_NONE);
+  guard(stack);
   begin.uc_stack.ss_sp = stack + kPage;
   begin.uc_stack.ss_size = kStack;
   begin.uc_link = nullptr;
@@ -116,18 +132,27 @@ void start(size_t i) {
   if (_setjmp(engine.scheduler) == 0) swapcontext(&here, &begin);
 }
 
-void make_fibers(size_t count) {
-  static const std::function<void()> nothing = [] {};
-  if (engine.stacks == nullptr)
-    engine.stacks = static_cast<unsigned char*>(mmap(nullptr, kMostThreads * (kStack + kPage), PROT_READ | PROT_WRITE,
-                                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  engine.thread = &nothing;
-  engine.fibers.reserve(kMostThreads);
-  while (engine.fibers.size() < count) {
-    engine.fibers.emplace_back();
-    start(engine.fibers.size() - 1);
+// The fibers of one launch. Their guard pages are two mappings a fiber, of the 65,530 that Linux grants a process, and
+// every loaded library is a shim of its own: stacks kept from launch to launch would end a long run of tests.
+struct Fibers {
+  size_t bytes;
+
+  explicit Fibers(size_t count) : bytes(count * (kStack + kPage)) {
+    static const std::function<void()> nothing = [] {};
+    engine.stacks = map_pages(bytes, MAP_NORESERVE);
+    engine.thread = &nothing;
+    engine.fibers.reserve(count);
+    while (engine.fibers.size() < count) {
+      engine.fibers.emplace_back();
+      start(engine.fibers.size() - 1);
+    }
   }
-}
+  Fibers(const Fibers&) = delete;
+  ~Fibers() {  // where a launch failed they are in the middle of the kernel; their frames own nothing
+    engine.fibers.clear();
+    munmap(engine.stacks, bytes);
+  }
+};
 
 std::string place(const Where& where) {
   const std::string file = where.file_name();
@@ -299,16 +324,13 @@ cudaError_t run(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function
   }
   const size_t threads = size_t{block.x} * block.y * block.z;
   const size_t blocks = size_t{grid.x} * grid.y * grid.z;
-  make_fibers(threads);
+  const Fibers fibers(threads);
   engine.thread = &thread;
   engine.dynamic_bytes = dynamic_bytes;
   gridDim = grid;
   blockDim = block;
   const Signals signals;
-  if (_setjmp(engine.give_up) != 0) {
-    engine.fibers.clear();  // left in the middle of the kernel; their frames own nothing
-    return cudaErrorLaunchFailure;
-  }
+  if (_setjmp(engine.give_up) != 0) return cudaErrorLaunchFailure;
   for (size_t n = 0; n < blocks; ++n) {
     const size_t b = engine.reverse ? blocks - 1 - n : n;
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
