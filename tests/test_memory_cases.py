@@ -9,6 +9,7 @@ from test_memory import Toy, foreach, tokens, transformers, vram_measure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import peft_kernels as pk
 from peft_kernels import predict_memory
 
 
@@ -106,3 +107,18 @@ def test_a_cpu_s_optimizer_is_not_capturable():
     predict_memory(Toy, {"x": torch.zeros(8, 1024)}, optimizer=capturable)
     with pytest.raises(AssertionError, match="If capturable=True, .* supported devices"):
         predict_memory(Toy, {"x": torch.zeros(8, 1024)}, optimizer=capturable, arch=None)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_4_bit_weight_counts_as_the_parameters_that_it_stands_for(double_quant):
+    def found(base, double_quant=False):
+        def build():
+            model = nn.Sequential(nn.Linear(96, 65), nn.ReLU(), nn.Linear(65, 33))
+            config = pk.LoraConfig(r=2, target_modules=["0"], base=base, double_quant=double_quant)
+            return pk.inject(model, config)
+
+        return predict_memory(build, {"input": torch.zeros(4, 96)}, loss=lambda m, b: m(b["input"]).sum(), arch=None)
+
+    small, dense = found("nf4", double_quant), found(None)
+    assert (small.parameters, small.trainable) == (dense.parameters, dense.trainable)
+    assert small.trainable == 2 * (96 + 65) and small.parameters == 96 * 65 + 65 + 65 * 33 + 33 + small.trainable

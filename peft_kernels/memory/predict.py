@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 
 from .._core.registry import planned_for
+from ..methods.adapters import trainable_parameters
 from .as_on_gpu import as_on_gpu
 from .asked import built, check_callables, made_optimizer, without_memory
 from .replay import Replay, check_arch, replay
@@ -26,6 +27,7 @@ class Prediction:
     """The memory of one training step, and what it was predicted for. `as_run_on` shows it for other hardware."""
 
     parameters: int
+    """Scalars of the model; a 4-bit weight counts as what it stands for."""
     trainable: int
     trace: Trace
     arch: int | None
@@ -208,5 +210,5 @@ def predict_memory(
             trace = _record(model.train(), batch, loss, made_optimizer(optimizer, trainable))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise RuntimeError(f"the model or its loss reads a value, which a prediction has not: {error}") from error
-    counts = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable)
-    return Prediction(*counts, trace, arch, replay(trace, arch))
+    count = trainable_parameters(model)
+    return Prediction(count.total, count.trainable, trace, arch, replay(trace, arch))
