@@ -59,6 +59,33 @@ def test_live_objects_are_taken_without_a_copy(quant_type, nested, storage, dtyp
         assert torch.equal(pk.nf4_dequantize(weight), ours.dequantize())
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_scales_that_are_not_finite_are_refused(nested):
+    theirs = linear4bit(nested=nested)
+    state = theirs.weight.quant_state
+    (state.state2 if nested else state).absmax[-1] = torch.nan
+    key = "nested_absmax" if nested else "absmax"
+    model = nn.Sequential(nn.Linear(3, 3), theirs)
+    with pytest.raises(ValueError, match=rf"1.weight.{key} holds NaN or an infinity"):
+        pk.from_bitsandbytes(model)
+    assert model[1] is theirs
+    with pytest.raises(ValueError, match=rf"weight.{key} holds NaN or an infinity"):
+        pk.from_bitsandbytes(theirs.weight)
+    if nested:
+        state.state2.absmax[-1], state.offset = 1.0, torch.tensor(torch.inf)
+        with pytest.raises(ValueError, match="weight.quant_state.bitsandbytes__nf4 holds nested_offset inf"):
+            pk.from_bitsandbytes(theirs)
+
+
+def test_a_rounded_map_means_the_exact_levels_to_bitsandbytes_too():
+    theirs = linear4bit(dtype=torch.float32)
+    expected = theirs.weight.quant_state.code.clone()
+    values = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    theirs.weight.quant_state.code = expected.half().float()
+    assert torch.equal(bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state), values)
+    assert torch.equal(pk.from_bitsandbytes(theirs).dequantize(), values)
+
+
 def test_computes_what_bitsandbytes_does(K=192):
     """In fp32, to the rounding of fp32: bitsandbytes dequantises and multiplies, with its weight in fp32 too."""
     theirs = linear4bit(K, 48, dtype=torch.float32).train()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nf4_states import assert_same_states, edited, make_state, text, values_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 
@@ -100,6 +101,13 @@ def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
 
+def spoilt(state, key, value):
+    """The last element of one tensor replaced."""
+    tensor = state[key].clone()
+    tensor[-1] = value
+    return {**state, key: tensor}
+
+
 PLAIN_FAULTS = {
     "no text": (lambda s: without(s, JSON), "weight.quant_state.bitsandbytes__nf4 (or __fp4) is missing"),
     "two texts": (lambda s: {**s, JSON[:-3] + "fp4": s[JSON]}, "weight.quant_state.bitsandbytes__fp4 stands beside"),
@@ -125,6 +133,11 @@ PLAIN_FAULTS = {
     "in a row": (lambda s: {**s, "weight": s["weight"].t()}, "weight is stored transposed, in a row [1, 120]"),
     "no absmax": (lambda s: without(s, "weight.absmax"), "weight.absmax is missing"),
     "absmax in bf16": (lambda s: {**s, "weight.absmax": s["weight.absmax"].bfloat16()}, "weight.absmax is torch.bfl"),
+    "absmax in fp16": (lambda s: {**s, "weight.absmax": s["weight.absmax"].half()}, "weight.absmax is torch.float16"),
+    "absmax nan": (lambda s: spoilt(s, "weight.absmax", torch.nan), "weight.absmax holds NaN or an infinity"),
+    "absmax inf": (lambda s: spoilt(s, "weight.absmax", -torch.inf), "weight.absmax holds NaN or an infinity"),
+    "map nan": (lambda s: spoilt(s, "weight.quant_map", torch.nan), "weight.quant_map holds NaN or an infinity"),
+    "map in fp64": (lambda s: {**s, "weight.quant_map": s["weight.quant_map"].double()}, "quant_map is torch.float64"),
     "no map": (lambda s: without(s, "weight.quant_map"), "weight.quant_map is missing"),
     "other map": (lambda s: {**s, "weight.quant_map": s["weight.quant_map"].flip(0)}, "weight.quant_map holds other"),
     "outer absmax": (
@@ -144,12 +157,17 @@ NESTED_FAULTS = {
         lambda s: {**s, "weight.nested_absmax": torch.ones(2)},
         "weight.nested_absmax is torch.float32 [2]",
     ),
+    "outer absmax nan": (lambda s: spoilt(s, "weight.nested_absmax", torch.nan), "weight.nested_absmax holds NaN"),
+    "outer absmax inf": (lambda s: spoilt(s, "weight.nested_absmax", torch.inf), "weight.nested_absmax holds NaN"),
+    "outer map nan": (lambda s: spoilt(s, "weight.nested_quant_map", torch.nan), "weight.nested_quant_map holds NaN"),
+    "outer map inf": (lambda s: spoilt(s, "weight.nested_quant_map", torch.inf), "weight.nested_quant_map holds NaN"),
     "no outer map": (lambda s: without(s, "weight.nested_quant_map"), "weight.nested_quant_map is missing"),
     "outer map": (
         lambda s: {**s, "weight.nested_quant_map": torch.ones(16)},
         "weight.nested_quant_map is torch.float32",
     ),
     "offset nan": (lambda s: edited(s, nested_offset=float("nan")), f"{JSON} holds nested_offset nan"),
+    "offset inf": (lambda s: edited(s, nested_offset=float("inf")), f"{JSON} holds nested_offset inf"),
     "offset large": (lambda s: edited(s, nested_offset=1e300), f"{JSON} holds nested_offset 1e+300"),
     "offset text": (lambda s: edited(s, nested_offset="1"), f"{JSON} holds nested_offset '1'"),
     "outer blocksize": (lambda s: edited(s, nested_blocksize=128), f"{JSON} holds nested_blocksize 128; expected 256"),
@@ -180,3 +198,45 @@ def test_a_text_without_a_shape_takes_the_layers():
     layer = empty()
     layer.load_state_dict(state)
     assert torch.equal(layer.dequantize(torch.float32), values_of(edited(state, shape=[N, K]), "weight"))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounded", [torch.float16, torch.bfloat16], ids=str)
+def test_a_map_rounded_to_16_bits_means_the_exact_levels(rounded, stored, quant_type):
+    state = make_state(shape=(N, K), quant_type=quant_type)
+    levels = state["weight.quant_map"].to(rounded)
+    cast = {**state, "weight.quant_map": levels.float() if stored == torch.float32 else levels}
+    layer = empty()
+    layer.load_state_dict(cast)
+    assert torch.equal(layer.dequantize(torch.float32), values_of(state, "weight"))
+    assert_same_states(layer.state_dict(), state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_scales_of_any_sign_and_size_are_taken_as_they_are(nested):
+    """Double quantisation itself makes negative ones; such a file decodes, in bitsandbytes too."""
+    name = "weight.nested_absmax" if nested else "weight.absmax"
+    state = make_state(shape=(N, K), nested=nested)
+    state[name] = state[name] * torch.tensor([-1.0, 1e-38, -1e30, 0.0])[: state[name].numel()]
+    layer = empty()
+    layer.load_state_dict(state)
+    assert torch.equal(layer.dequantize(torch.float32), values_of(state, "weight"))
+    x = torch.eye(K)
+    assert torch.equal(layer(x).t(), values_of(state, "weight"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tensors_without_values_are_not_looked_at(nested):
+    layer = pk.NF4Linear(K, N, bias=False, device="meta")
+    state = make_state(shape=(N, K), nested=nested)
+    meta = {key: tensor if key == JSON else tensor.to("meta") for key, tensor in state.items()}
+    layer.load_state_dict(meta, assign=True)
+    assert layer.absmax.is_meta and (layer.nested_absmax is not None) == nested
+    with pytest.raises(RuntimeError, match="has no values"):
+        layer.load_state_dict({key: tensor.to("meta") for key, tensor in state.items()}, assign=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {key: tensor if key == JSON else mode.from_tensor(tensor) for key, tensor in state.items()}
+        other = pk.NF4Linear(K, N, bias=False)
+        other.load_state_dict(fake, assign=True)
+    assert (other.nested_absmax is not None) == nested

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .nf4 import BLOCKSIZES, LEVELS, NESTED_BLOCKSIZE, NF4Weight
 
@@ -93,7 +94,7 @@ def _decode_json(key: str, tensor: Tensor) -> dict[str, Any]:
     _require(
         tensor.dtype == torch.uint8 and tensor.dim() == 1, key, f"is {tensor.dtype} {list(tensor.shape)}, not text"
     )
-    _require(not tensor.is_meta, key, "is on the meta device, where it cannot be read")
+    _require(_readable(tensor), key, "has no values (on the meta device, or a fake tensor), and cannot be read")
     try:
         fields = json.loads(bytes(tensor.tolist()).decode())
     except (ValueError, RecursionError) as error:  # of JSON or UTF-8
@@ -148,16 +149,36 @@ def _vector(key: str, tensor: Tensor | None, dtype: torch.dtype, length: int) ->
     _require(tensor is not None, key, "is missing")
     fits = tensor.dtype == dtype and tensor.shape == (length,)
     _require(fits, key, f"is {tensor.dtype} {list(tensor.shape)}; expected {dtype} [{length}]")
+    _check_finite(key, tensor)
     return tensor.contiguous()
 
 
+def _readable(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
 def _check_map(key: str, tensor: Tensor, quant_type: str) -> None:
-    if not tensor.is_meta and not torch.equal(tensor.cpu(), quant_map(quant_type)):
-        raise ValueError(f"{key} holds other values than {quant_type}'s levels")
+    """The levels, or what 16 bits make of them, as where a whole state_dict was cast: no kernel reads them there."""
+    if not _readable(tensor):
+        return
+    found, levels = tensor.cpu().float(), quant_map(quant_type)
+    rounded = (levels.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16))
+    _require(any(map(found.equal, rounded)), key, f"holds other values than {quant_type}'s levels")
+
+
+def _check_finite(key: str, tensor: Tensor) -> None:
+    """Where it is sharded, each process looks at the part that it has."""
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    # The extremes are NaN or infinite where any value is, and need no temporary of the tensor's size.
+    if own.numel() and own.is_floating_point() and _readable(own):
+        _require(bool(torch.stack(own.aminmax()).isfinite().all()), key, "holds NaN or an infinity, which no scale is")
 
 
 def from_state(name: str, state: dict[str, Tensor], shape: tuple[int, ...] | None = None) -> Stored:
     """The weight that stands in a state_dict under `name`; its tensors are those of the dict where they can be.
+
+    Scales may be negative, which double quantisation makes of the smallest ones, and of any size; a map may be the
+    levels rounded to 16 bits, which mean the exact ones, as in bitsandbytes.
 
     Args:
         name: of the weight, for errors.
@@ -165,7 +186,8 @@ def from_state(name: str, state: dict[str, Tensor], shape: tuple[int, ...] | Non
         shape: of the weight, for a JSON text that holds none.
 
     Raises:
-        ValueError: a key that is missing or unknown, a tensor or a field that does not fit, with the key.
+        ValueError: a key that is missing or unknown, a tensor or a field that does not fit, NaN or an infinity among
+            the scales (where there are values to look at), with the key.
     """
     for key, tensor in state.items():
         _require(is_part(key), name + key, "is no part of a 4-bit weight")
@@ -183,8 +205,9 @@ def from_state(name: str, state: dict[str, Tensor], shape: tuple[int, ...] | Non
     quant_type, nested = fields["quant_type"], "nested_offset" in fields
     blocks = -(-math.prod(shape) // fields["blocksize"])
     vectors = [_vector(name + ".absmax", state.get(".absmax"), torch.uint8 if nested else torch.float32, blocks)]
-    levels = _vector(name + ".quant_map", state.get(".quant_map"), torch.float32, 16)
-    _check_map(name + ".quant_map", levels, quant_type)
+    levels, key = state.get(".quant_map"), name + ".quant_map"
+    cast = levels is not None and levels.dtype in (torch.bfloat16, torch.float16)
+    _check_map(key, _vector(key, levels, levels.dtype if cast else torch.float32, 16), quant_type)
     for key, length in ((".nested_absmax", -(-blocks // NESTED_BLOCKSIZE)), (".nested_quant_map", 256)):
         if nested:
             vectors.append(_vector(name + key, state.get(key), torch.float32, length))
