@@ -10,7 +10,7 @@ from peft_kernels._core.registry import OWNERS
 from peft_kernels.kernels.bias_grad import configs, op
 
 from .derived_bounds import bounds, worst
-from .measure import Contender, input_sets
+from .measure import PARTS, Contender, input_sets
 
 _OURS = "peft_kernels"
 
@@ -27,6 +27,10 @@ class BiasCase:
     @property
     def label(self) -> str:
         return f"M={self.M} N={self.N}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS[:1]
 
     @property
     def set_bytes(self) -> int:

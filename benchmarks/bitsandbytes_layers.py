@@ -39,6 +39,15 @@ def linear4bit(weight: pk.NF4Weight, compute_dtype: torch.dtype, bias: nn.Parame
     return linear
 
 
+def state_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """What bitsandbytes keeps of a 4-bit parameter beside its bytes; no module lists it. Of any other tensor []."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    second = () if state.state2 is None else (state.state2.absmax, state.state2.code, state.offset)
+    return [state.absmax, state.code, *second]
+
+
 def with_linear4bit(model: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
     """`model` with Linear4bit in the place of each NF4Linear."""
     for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, pk.NF4Linear)]:

@@ -21,7 +21,7 @@ from .qlora_memory import METHODS as QLORA_METHODS
 from .rows import Row, make_row
 
 Case = LoRACase | BiasCase | ActCase | NormCase | NF4Case | NF4LinearCase
-"""A label, a dtype, M, and whether compiled peers are set beside it."""
+"""A label, a dtype, M, which parts of it can be timed, and whether compiled peers are set beside it."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,9 @@ def run_case(
         contenders = PRIMITIVES[primitive].contenders(case, device, seed)
     results = [_examine(contender, device) for contender in contenders]
     rows, where = [], env | {"seed": str(seed)}
-    for part in parts:
+    for part in case.parts:
+        if part not in parts:
+            continue
         spent = effort if part == "both" else replace(effort, seconds=effort.seconds / 4)
         for timed in time_part(results, part, device, spent, graphs):
             rows += _case_rows(primitive, case, results, timed, where)

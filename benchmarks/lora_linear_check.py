@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_kernels.kernels._shared import drop_levels
 
 from .derived_bounds import bounds, worst
+from .measure import PARTS
 
 SCALING = 2.0  # lora_alpha = 2 R, as PEFT's own examples; a power of two, so dy * scaling is exact in every peer
 _SAMPLED_ROWS = 8
@@ -32,6 +33,10 @@ class LoRACase:
     @property
     def label(self) -> str:
         return f"M={self.M} N={self.N} K={self.K} R={self.R} dropout={self.dropout:g}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS
 
     @property
     def set_bytes(self) -> int:

@@ -16,7 +16,7 @@ from peft_kernels.kernels.nf4 import configs
 from .bias_grad import read
 from .bitsandbytes_layers import quant_state
 from .environment import version
-from .measure import Contender, input_sets
+from .measure import PARTS, Contender, input_sets
 
 _OURS = "peft_kernels"
 _BLOCKSIZE = 64
@@ -36,6 +36,10 @@ class NF4Case:
     @property
     def label(self) -> str:
         return f"M={self.M} K={self.K} op={self.op}" + self.nested * " nested=1"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS[:1]
 
     @property
     def set_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """The 4-bit linear's contenders: its floors, ours, bitsandbytes at its best on the same bytes, and PyTorch by hand."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,12 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels._core.registry import OWNERS
 
+from .bitsandbytes_layers import linear4bit
 from .derived_bounds import bounds, load, worst
 from .environment import version
 from .failures import FAILURES, because
 from .held import saved_bytes
-from .measure import Contender, input_sets
+from .measure import PARTS, Contender, input_sets
 
 bounds_nf4 = load("bounds_nf4")
 
@@ -38,6 +39,10 @@ class NF4LinearCase:
     @property
     def label(self) -> str:
         return f"M={self.M} N={self.N} K={self.K} step={'train' if self.train else 'decode'}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS if self.train else PARTS[:1]
 
     @property
     def set_bytes(self) -> int:
@@ -120,20 +125,7 @@ def by_hand(case: NF4LinearCase, inputs: Inputs) -> Layer:
 
 def bitsandbytes(case: NF4LinearCase, inputs: Inputs) -> Layer:
     """Linear4bit over the very same bytes; in eval mode its CPU code repacks them at the first call."""
-    import bitsandbytes as bnb  # a peer: only here when it is installed
-    from bitsandbytes.functional import QuantState, get_4bit_type
-
-    q, device = inputs.weight, inputs.x.device
-    second = QuantState(absmax=q.nested_absmax, code=q.nested_code, blocksize=256, dtype=torch.float32)
-    state = QuantState(
-        absmax=q.absmax, shape=torch.Size(q.shape), code=get_4bit_type("nf4", device=device), blocksize=q.blocksize,
-        quant_type="nf4", dtype=case.dtype, offset=q.nested_offset.squeeze(), state2=second,
-    )  # fmt: skip
-    layer = bnb.nn.Linear4bit(case.K, case.N, bias=False, compute_dtype=case.dtype, quant_type="nf4", device="meta")
-    layer.weight = bnb.nn.Params4bit(
-        q.packed.view(-1, 1), requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4"
-    )
-    layer.train(case.train)
+    layer = linear4bit(replace(inputs.weight, dtype=case.dtype), case.dtype).train(case.train)
     if not case.train:
         with torch.no_grad():
             layer(inputs.x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .derived_bounds import bounds, load, worst
-from .measure import Backward
+from .measure import PARTS, Backward
 
 bounds_norm = load("bounds_norm")
 
@@ -29,6 +29,10 @@ class NormCase:
     @property
     def label(self) -> str:
         return f"M={self.M} K={self.K} kind={self.kind}" + self.residual * " residual=1"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS
 
     @property
     def set_bytes(self) -> int:

@@ -41,7 +41,8 @@ def pending(chosen: Sequence, done: Sequence[Row], parts: Sequence[str]) -> list
 
     def lacks(case) -> bool:
         key = case.label, str(case.dtype).removeprefix("torch.")
-        return (case.compiled and key not in compiled) or any((*key, part) not in found for part in parts)
+        missing = [part for part in case.parts if part in parts and (*key, part) not in found]
+        return bool(missing) or (case.compiled and key not in compiled)
 
     return [case for case in chosen if lacks(case)]
 

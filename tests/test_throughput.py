@@ -43,6 +43,16 @@ def test_an_interrupted_suite_goes_on_where_it_ended(tmp_path):
     assert SMALL.label in summary.table(rows.read(path)) and summary.table([]) == "no rows"
 
 
+@pytest.mark.parametrize("primitive", cases.PRIMITIVES)
+def test_a_case_that_was_measured_is_not_pending(primitive):
+    """Not of all can forward and backward be timed apart: a case says of which, and those are what its rows are."""
+    tiny = cases.PRIMITIVES[primitive].suites["tiny"]
+    for case in (tiny[0], tiny[-1]):
+        made = cases.run_case(primitive, case, "cpu", ENV, SHORT, parts=measure.PARTS)
+        assert {row["part"] for row in made} == set(case.parts)
+        assert throughput.pending([case], made, measure.PARTS) == []
+
+
 def test_every_row_of_a_command(tmp_path, capsys, monkeypatch):
     """Forward, backward and both of every contender, in a file of its own for the primitive; then nothing is left."""
     arguments = ["--suite", "tiny", "--rounds", "2", "--device", "cpu", "--csv", str(tmp_path), "--seed", "5"]
