@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from peft_kernels.memory.predict import optimizer_states
 
+from .bitsandbytes_layers import state_tensors
+
 
 class Footprint(NamedTuple):
     """Bytes by kind; each is the most that is held at once during the step."""
@@ -61,6 +63,7 @@ def measure(model: nn.Module, loss_fn: Callable[[], Tensor]) -> Footprint:
     The step has learning rate 0, so the model is left as it was; gradients and states are dropped afterwards.
     """
     held = [*model.parameters(), *model.buffers()]
+    held += [tensor for parameter in model.parameters() for tensor in state_tensors(parameter)]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
     with SavedForBackward(held) as saved:

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_kernels as pk
 from benchmarks import demo_report, environment, models
-from benchmarks.bitsandbytes_layers import with_linear4bit
+from benchmarks.bitsandbytes_layers import state_tensors, with_linear4bit
 from benchmarks.demo import DTYPES, Demo
 from benchmarks.footprint import storage_bytes
 
@@ -58,17 +58,9 @@ def base_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of what is not trained: the linear layers in all, and the rest (embeddings, norms)."""
     frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
     inside = [tensor for name, tensor in frozen.items() if "_proj" in name]
-    linears = storage_bytes(inside)
-    states = [
-        getattr(tensor, "quant_state", None) for tensor in inside
-    ]  # what bitsandbytes keeps beside its parameters
-    linears += storage_bytes(
-        tensor
-        for state in states
-        if state is not None
-        for tensor in (state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset)
-    )
-    return {"linear layers": linears, "rest": storage_bytes(frozen.values()) - storage_bytes(inside)}
+    rest = storage_bytes(frozen.values()) - storage_bytes(inside)
+    inside += [beside for tensor in inside for beside in state_tensors(tensor)]
+    return {"linear layers": storage_bytes(inside), "rest": rest}
 
 
 def print_weights(weights: dict[str, dict[str, int]]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_demo import encoded, transformers
 
-from benchmarks import finetune
+from benchmarks import finetune, footprint
 
 pytest.importorskip("peft", reason="the demo's adapters begin as HF PEFT's: pip install peft")
 pytest.importorskip("bitsandbytes", reason="the peer is PEFT over bitsandbytes: pip install bitsandbytes")
@@ -59,3 +59,9 @@ def test_frozen_bytes_are_those_of_the_format():
     peer = qlora_demo.base_bytes(adapted[qlora_demo.PEFT])
     assert peer["linear layers"] - small["linear layers"] <= 7 * layers * 4 * 16, "bitsandbytes keeps the 16 levels too"
     assert dense["rest"] == small["rest"] == peer["rest"]
+    batch = finetune.collate(encoded(("film", "positive")), 2)
+    mine, theirs = (
+        footprint.measure(adapted[name], lambda model=adapted[name]: finetune.answer_loss(model, batch)).weights
+        for name in (qlora_demo.QLORA, qlora_demo.PEFT)
+    )
+    assert theirs - mine == peer["linear layers"] - small["linear layers"], "both with their scales"
