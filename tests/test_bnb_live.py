@@ -122,7 +122,7 @@ def test_a_model_of_transformers_and_back(tmp_path):
     assert not any(type(m).__module__.startswith("bitsandbytes") for m in model.modules())
     now = model(tokens).logits
     torch.testing.assert_close(now, before)
-    assert not hasattr(model.config, "quantization_config") and not getattr(model, "is_quantized", False)
+    assert model.config.quantization_config["load_in_4bit"] and not getattr(model, "is_quantized", False)
     pk.inject(model, pk.LoraConfig(target_modules=["q_proj"]))
     model(tokens, labels=tokens).loss.backward()
     pk.delete_adapter(model, "default")

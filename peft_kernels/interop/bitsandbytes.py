@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.nf4_state import STATE, Stored, from_state, to_state
+from ..methods.hf_config import describe_four_bits
 from ..methods.walk import replace_modules, uncompiled
 from ..nn.bases import base_refusal
 from ..nn.combine import RunsLoRALinear
@@ -148,6 +149,7 @@ def from_bitsandbytes(source: Any, quant_state: Any = None) -> Any:
     for old, new in made.items():
         replace_layer(model, old, new)
     _take_marks(model)
+    describe_four_bits(model)
     return source
 
 

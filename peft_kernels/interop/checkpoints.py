@@ -13,9 +13,10 @@ from tqdm import tqdm
 from ..formats.nf4 import check_type
 from ..formats.nf4_state import from_state
 from ..methods.adapters import fused_layers, trainable_copies
+from ..methods.hf_config import describe_four_bits, four_bit_layers, quantization_config
 from ..methods.quantise import check_weights
 from ..methods.walk import refuse_peft, uncompiled
-from ..nn.base_linear import conv1d_class, is_linear
+from ..nn.base_linear import conv1d_class
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import quantised
 from .bitsandbytes import layer_of, replace_layer
@@ -112,6 +113,7 @@ def load_quantized(
     _attach(inner, layers, tensors, device)
     if plan.tied and callable(getattr(inner, "tie_weights", None)):
         inner.tie_weights()
+    describe_four_bits(inner)
     return model
 
 
@@ -134,27 +136,6 @@ def _contents(model: nn.Module) -> dict[str, Tensor]:
     return contents
 
 
-def _quantization_config(model: nn.Module, layers: dict[str, NF4Base]) -> dict[str, Any]:
-    """What transformers writes of a BitsAndBytesConfig, so that it loads the folder."""
-    first = next(iter(layers.values()))
-    dense = [name for name, module in model.named_modules() if is_linear(module)]
-    return {
-        "quant_method": "bitsandbytes",
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(first.quantised.dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": str(first.quantised.storage).removeprefix("torch."),
-        "bnb_4bit_quant_type": first.quantised.quant_type,
-        "bnb_4bit_use_double_quant": first.nested_absmax is not None,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": dense or None,
-        "llm_int8_threshold": 6.0,
-    }
-
-
 def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: int = 5 * 10**9) -> None:
     """Write the base model into folder `path` in bitsandbytes' layout, for `load_quantized` and for transformers.
 
@@ -170,7 +151,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     """
     model, folder = uncompiled(model), Path(path)
     refuse_peft(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, NF4Base) and m.quantised is not None}
+    layers = four_bit_layers(model)
     if not layers:
         raise ValueError(f"save_quantized: {type(model).__name__} has no layer in 4 bits")
     if "" in layers:
@@ -182,5 +163,5 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     config = getattr(model, "config", None)
     if callable(getattr(config, "save_pretrained", None)):
         config.save_pretrained(folder)
-        values = {**read_json(folder / CONFIG), "quantization_config": _quantization_config(model, layers)}
+        values = {**read_json(folder / CONFIG), "quantization_config": quantization_config(model)}
         (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ from ..nn.hooks import move_hooks
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import NF4Linear
+from .hf_config import describe_four_bits
 from .targets import output_head
 from .walk import refuse_peft, replace_modules, uncompiled, walk
 
@@ -81,6 +82,7 @@ def carry_out_quantising(
             module.quantize_base(*settings)
         else:
             replace_modules(model, {module: NF4Linear.from_linear(module, *settings)})
+    describe_four_bits(model)
 
 
 def skipped(model: nn.Module, skip_modules: Iterable[str] | None) -> list[nn.Module]:
@@ -106,7 +108,8 @@ def quantize(
     """Put the model's linear layers into 4 bits, in place and one by one: each becomes an NF4Linear. Returns the model.
 
     As bitsandbytes does, it leaves the output layer as it is; a layer whose weight is tied to another module's, one
-    that cannot be replaced and one with adapters stay too (`inject` with base="nf4" does it for those).
+    that cannot be replaced and one with adapters stay too (`inject` with base="nf4" does it for those). The config of a
+    Hugging Face model gets the quantization_config with which from_pretrained loads what its save_pretrained writes.
 
     Args:
         quant_type, blocksize, double_quant: as NF4Linear's.
@@ -165,4 +168,5 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             layer.dequantize_base(dtype)
         else:
             replace_modules(inner, {layer: _to_linear(layer, dtype)})
+    describe_four_bits(inner)
     return model

@@ -1,0 +1,128 @@
+"""transformers' own save_pretrained and from_pretrained of models in 4 bits: the same bytes, the same function."""
+
+import copy
+import json
+
+import pytest
+import torch
+from bnb_models import SIZES, bnb, loaded, saved
+from nf4_states import assert_same_states
+from tiny_models import gpt2, ids, llama, transformers
+from torch import nn
+
+import peft_kernels as pk
+
+
+def tied() -> nn.Module:
+    return llama(**SIZES, tie_word_embeddings=True)
+
+
+def plain() -> nn.Module:
+    return llama(**SIZES)
+
+
+def read(folder) -> nn.Module:
+    """In train mode, where bitsandbytes computes with the bytes as they are, in their own dtype."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).train()
+
+
+def settings_of(folder) -> dict | None:
+    return json.loads((folder / "config.json").read_text()).get("quantization_config")
+
+
+def small(model: nn.Module) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit | pk.NF4Linear)}
+
+
+@pytest.mark.parametrize("build", [plain, tied, gpt2], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    ("quant_type", "blocksize", "double_quant"),
+    [("nf4", 64, True), ("nf4", 64, False), ("fp4", 64, True), ("nf4", 32, True), ("nf4", 256, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_quantize_made_is_saved_and_loaded_by_transformers(
+    build, quant_type, blocksize, double_quant, dtype, tmp_path
+):
+    model = pk.quantize(build().to(dtype), quant_type, blocksize, double_quant).train()
+    model.save_pretrained(tmp_path)
+    theirs = read(tmp_path)
+    assert small(theirs) == small(model) and "lm_head" not in small(theirs)
+    assert_same_states(theirs.state_dict(), model.state_dict())
+    assert theirs.config.quantization_config.bnb_4bit_compute_dtype == dtype
+    if build is tied:
+        assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    if dtype == torch.float32 and build is not gpt2 and blocksize <= 64:  # else it drops out, or reads wrong scales
+        tokens = ids()
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits)
+
+
+def test_layers_left_out_are_left_out_by_transformers(tmp_path):
+    model = pk.quantize(plain(), skip_modules=["k_proj", "layers.1.mlp"])
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    dense = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert settings_of(tmp_path)["llm_int8_skip_modules"] == dense and len(dense) == 3 + 3 + 1
+    theirs = read(tmp_path)
+    assert small(theirs) == small(model) and len(small(model)) == 15
+    assert_same_states(theirs.state_dict(), model.state_dict())
+
+
+def test_a_base_with_adapters_is_saved_as_the_base_and_they_with_it(tmp_path):
+    """As from_pretrained reports: it has no place for them. save_adapter is for them."""
+    config = pk.LoraConfig(target_modules=["q_proj"], base="nf4", double_quant=True)
+    model = pk.inject(plain(), config)
+    model.save_pretrained(tmp_path)
+    theirs = read(tmp_path)
+    own = {key: tensor for key, tensor in model.state_dict().items() if "lora_" not in key}
+    assert_same_states(theirs.state_dict(), own)
+
+
+def test_saves_where_only_adapters_stand_on_a_dense_layer(tmp_path):
+    model = pk.quantize(plain(), skip_modules=["q_proj"])
+    pk.inject(model, pk.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    pk.save_quantized(model, tmp_path / "a")
+    assert {f"model.layers.{i}.self_attn.q_proj" for i in range(3)} <= set(
+        settings_of(tmp_path / "a")["llm_int8_skip_modules"]
+    )
+    own = {key: tensor for key, tensor in model.state_dict().items() if "lora_" not in key}
+    assert_same_states(read(tmp_path / "a").state_dict(), own)
+
+
+@pytest.mark.parametrize("way", ["load_quantized", "from_bitsandbytes", "to_bitsandbytes", "deepcopy"])
+def test_every_way_into_4_bits_can_be_saved(way, tmp_path):
+    folder = saved(tmp_path / "dense")
+    if way == "load_quantized":
+        model = pk.load_quantized(plain().to("meta").to_empty(device="cpu"), folder, double_quant=True)
+    elif way == "deepcopy":
+        model = copy.deepcopy(pk.quantize(plain(), double_quant=True))
+    else:
+        model = pk.from_bitsandbytes(loaded(folder))
+    if way == "to_bitsandbytes":
+        pk.to_bitsandbytes(model)
+    model.save_pretrained(tmp_path / "small")
+    assert_same_states(read(tmp_path / "small").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_dequantised_model_is_saved_as_a_dense_one(adapters, tmp_path):
+    model = plain()
+    config = pk.LoraConfig(target_modules=["q_proj"], base="nf4")
+    model = pk.inject(model, config) if adapters else pk.quantize(model)
+    assert model.config.quantization_config["load_in_4bit"]
+    pk.dequantize(model)
+    assert not hasattr(model.config, "quantization_config")
+    if adapters:
+        pk.merge(model, restorable=False)
+        pk.delete_adapter(model, "default")
+    model.save_pretrained(tmp_path)
+    theirs = read(tmp_path)
+    assert not small(theirs) and settings_of(tmp_path) is None
+    assert_same_states(theirs.state_dict(), model.state_dict())
+
+
+def test_a_setting_of_transformers_own_is_left():
+    model = plain()
+    own = model.config.quantization_config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    pk.quantize(model)
+    assert model.config.quantization_config is own
+    assert not hasattr(pk.quantize(nn.Sequential(nn.Linear(64, 64))), "config")
