@@ -7,7 +7,6 @@ import pytest
 import torch
 from nf4_states import assert_same_states, edited, make_state, text, values_of
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 
@@ -198,45 +197,3 @@ def test_a_text_without_a_shape_takes_the_layers():
     layer = empty()
     layer.load_state_dict(state)
     assert torch.equal(layer.dequantize(torch.float32), values_of(edited(state, shape=[N, K]), "weight"))
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rounded", [torch.float16, torch.bfloat16], ids=str)
-def test_a_map_rounded_to_16_bits_means_the_exact_levels(rounded, stored, quant_type):
-    state = make_state(shape=(N, K), quant_type=quant_type)
-    levels = state["weight.quant_map"].to(rounded)
-    cast = {**state, "weight.quant_map": levels.float() if stored == torch.float32 else levels}
-    layer = empty()
-    layer.load_state_dict(cast)
-    assert torch.equal(layer.dequantize(torch.float32), values_of(state, "weight"))
-    assert_same_states(layer.state_dict(), state)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_scales_of_any_sign_and_size_are_taken_as_they_are(nested):
-    """Double quantisation itself makes negative ones; such a file decodes, in bitsandbytes too."""
-    name = "weight.nested_absmax" if nested else "weight.absmax"
-    state = make_state(shape=(N, K), nested=nested)
-    state[name] = state[name] * torch.tensor([-1.0, 1e-38, -1e30, 0.0])[: state[name].numel()]
-    layer = empty()
-    layer.load_state_dict(state)
-    assert torch.equal(layer.dequantize(torch.float32), values_of(state, "weight"))
-    x = torch.eye(K)
-    assert torch.equal(layer(x).t(), values_of(state, "weight"))
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_tensors_without_values_are_not_looked_at(nested):
-    layer = pk.NF4Linear(K, N, bias=False, device="meta")
-    state = make_state(shape=(N, K), nested=nested)
-    meta = {key: tensor if key == JSON else tensor.to("meta") for key, tensor in state.items()}
-    layer.load_state_dict(meta, assign=True)
-    assert layer.absmax.is_meta and (layer.nested_absmax is not None) == nested
-    with pytest.raises(RuntimeError, match="has no values"):
-        layer.load_state_dict({key: tensor.to("meta") for key, tensor in state.items()}, assign=True)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {key: tensor if key == JSON else mode.from_tensor(tensor) for key, tensor in state.items()}
-        other = pk.NF4Linear(K, N, bias=False)
-        other.load_state_dict(fake, assign=True)
-    assert (other.nested_absmax is not None) == nested

@@ -26,6 +26,7 @@ STATE = ".quant_state.bitsandbytes__"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _VECTORS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _FIELDS = ("quant_type", "blocksize", "dtype", "shape")
+_OFFSET_DIGITS = 24  # of a 64-bit number written out, at most
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
 
@@ -52,8 +53,11 @@ def is_part(key: str) -> bool:
     return key in ("", *_VECTORS) or key.startswith(".quant_state")
 
 
-def encode_json(stored: Stored) -> Tensor:
-    """uint8: bitsandbytes' text, byte for byte. Without an offset (on the meta device) there is a 0 in its place."""
+def encode_json(stored: Stored, padded: bool = False) -> Tensor:
+    """uint8: bitsandbytes' text, byte for byte. Without an offset (on the meta device) there is a 0 in its place.
+
+    padded: with spaces behind it, so that its length does not depend on the offset's digits.
+    """
     weight = stored.weight
     fields: dict[str, Any] = {
         "quant_type": weight.quant_type,
@@ -63,11 +67,17 @@ def encode_json(stored: Stored) -> Tensor:
     }
     if weight.double_quant:
         fields.update(nested_blocksize=NESTED_BLOCKSIZE, nested_dtype="float32", nested_offset=stored.offset or 0.0)
-    return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
+    text = json.dumps(fields)
+    if padded and weight.double_quant:
+        text += " " * (_OFFSET_DIGITS - len(json.dumps(fields["nested_offset"])))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def to_state(stored: Stored) -> dict[str, Tensor]:
+def to_state(stored: Stored, padded: bool = False) -> dict[str, Tensor]:
     """Name behind the weight's -> tensor, in bitsandbytes' order.
+
+    Args:
+        padded: the text is as long for every offset, as torch.distributed.checkpoint asks, which reads in place.
 
     Raises:
         ValueError: the bytes are no whole number of `storage`'s.
@@ -82,7 +92,7 @@ def to_state(stored: Stored) -> dict[str, Tensor]:
     state[".quant_map"] = quant_map(weight.quant_type, weight.device)
     if weight.double_quant:
         state[".nested_absmax"], state[".nested_quant_map"] = weight.nested_absmax, weight.nested_code
-    return {**state, STATE + weight.quant_type: encode_json(stored)}
+    return {**state, STATE + weight.quant_type: encode_json(stored, padded)}
 
 
 def _require(good: bool, key: str, problem: str) -> None:

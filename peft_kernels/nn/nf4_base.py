@@ -1,6 +1,5 @@
 """What a layer over a 4-bit weight holds, and how that is moved, cast, saved and loaded."""
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..formats.nf4 import NF4Weight
 from ..formats.nf4_state import Stored, from_state, to_state
+from .nf4_sharded import is_sharded, on_one_mesh
 
 NAMES = ("weight", "absmax", "nested_absmax", "nested_code", "nested_offset")
 """Of the Parameters, in the order of NF4Weight's tensors; `weight` holds the packed bytes."""
@@ -34,7 +34,9 @@ class NF4Base(nn.Module):
     """A layer that can hold a 4-bit weight, as frozen Parameters of plain dtypes: `NAMES`.
 
     Parameters and not buffers, so that FSDP2 shards them. Casts (`half()`, `to(bfloat16)`) leave them as they are. In a
-    state_dict they stand in bitsandbytes' layout (`formats.nf4_state`).
+    state_dict they stand in bitsandbytes' layout (`formats.nf4_state`), whose keys are not the Parameters' names.
+    Of what torch.distributed.checkpoint.state_dict offers, ignore_frozen_params and broadcast_from_rank0 ask for those,
+    and raise; all else works, full_state_dict=True too. Sharded, the JSON text has spaces behind it (see `to_state`).
     """
 
     quantised: Quantised | None = None
@@ -89,7 +91,7 @@ class NF4Base(nn.Module):
         for name in NAMES:
             destination.pop(prefix + name, None)
         stored = Stored(self.nf4_weight(), self.quantised.offset, self.quantised.storage)
-        for key, tensor in to_state(stored).items():
+        for key, tensor in to_state(stored, padded=is_sharded(self.weight)).items():
             destination[f"{prefix}weight{key}"] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -108,7 +110,9 @@ class NF4Base(nn.Module):
                 hook(state_dict, prefix, *args)
             name = f"{prefix}weight"
             found = {key: value for key, value in state_dict.items() if key == name or key.startswith(f"{name}.")}
-            rest = {key: value for key, value in state_dict.items() if key not in found}
+            # The layer's own Parameters under their own names: set_model_state_dict adds them, they say nothing.
+            own = {prefix + key for key in NAMES[1:] if state_dict.get(prefix + key) is parameters[key]}
+            rest = {key: value for key, value in state_dict.items() if key not in found and key not in own}
             state = {key.removeprefix(name): value for key, value in found.items()}
             try:
                 stored = self._read(name, state, assign) if state else None
@@ -145,9 +149,10 @@ class NF4Base(nn.Module):
 
     @torch.no_grad()
     def _put(self, stored: Stored, assign: bool) -> None:
+        stored = on_one_mesh(stored)
         old, new = [self._parameters[name] for name in NAMES], stored.weight.tensors()
         if assign:
-            return self.hold(_whole_mesh(stored))
+            return self.hold(stored)
         if not all(map(_alike, old, new)):
             own = [None if tensor is None else tensor.to(self.weight.device, copy=True) for tensor in new]
             weight = replace(stored.weight, **dict(zip(_FIELDS, own, strict=True)))
@@ -170,17 +175,6 @@ class NF4Base(nn.Module):
         parts = {"absmax": self.absmax, "quant_map": None, "quant_state": text}
         parts |= {"nested_absmax": self.nested_absmax, "nested_quant_map": self.nested_code}
         return SimpleNamespace(weight=SimpleNamespace(**parts))
-
-
-def _whole_mesh(stored: Stored) -> Stored:
-    """The offset, which is read as a number, on the mesh that the other tensors are on (DTensor)."""
-    packed = stored.weight.packed
-    if stored.offset is None or not hasattr(packed, "device_mesh"):
-        return stored
-    full = importlib.import_module("torch.distributed.tensor").full
-    mesh, placements = packed.device_mesh, packed.placements
-    offset = full((1,), stored.offset, dtype=torch.float32, device_mesh=mesh, placements=placements)
-    return replace(stored, weight=replace(stored.weight, nested_offset=offset))
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
