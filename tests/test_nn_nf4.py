@@ -96,6 +96,12 @@ def test_from_weight_holds_the_very_tensors():
         pk.NF4Linear.from_weight(pk.nf4_quantize(torch.randn(5)))
 
 
+def test_a_weight_prints_what_it_is_and_not_its_tensors():
+    settings = "quant_type='nf4', blocksize=64, double_quant=True, device='cpu'"
+    weight = pk.nf4_quantize(torch.randn(N, K), double_quant=True)
+    assert repr(weight) == f"NF4Weight(shape=(12, 37), dtype=torch.float32, {settings})"
+
+
 CASTS = {
     "half": lambda layer: layer.half(),
     "bfloat16": lambda layer: layer.bfloat16(),

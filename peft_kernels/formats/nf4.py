@@ -99,6 +99,17 @@ def check_type(caller: str, quant_type: str, blocksize: int) -> None:
         raise ValueError(f"{caller}: blocksize is {blocksize}; expected one of {BLOCKSIZES}")
 
 
+def check_asked(caller: str, quant_type: str, blocksize: int, double_quant: bool) -> None:
+    """Raise ValueError unless all three can be asked for, by their types too: "no" would be taken for a yes."""
+    if not isinstance(quant_type, str):
+        raise ValueError(f"{caller}: quant_type is {quant_type!r}; expected 'nf4' or 'fp4'")
+    if not isinstance(blocksize, int):
+        raise ValueError(f"{caller}: blocksize is {blocksize!r}; expected one of {BLOCKSIZES}")
+    check_type(caller, quant_type, blocksize)
+    if not isinstance(double_quant, bool):
+        raise ValueError(f"{caller}: double_quant is {double_quant!r}; expected True or False")
+
+
 def check_vector(caller: str, name: str, tensor: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
     """Raise ValueError unless it is a dense `dtype` [length] on `device`."""
     if not isinstance(tensor, Tensor):
@@ -138,7 +149,7 @@ def check_tensors(
     check_vector(caller, "nested_offset", nested_offset, torch.float32, 1, device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NF4Weight:
     """A 4-bit weight: plain tensors and what is needed to read them. Nothing is computed here."""
 
@@ -162,6 +173,12 @@ class NF4Weight:
     def __post_init__(self) -> None:
         """Raise ValueError unless the tensors are those of a weight of this shape and blocksize."""
         check_tensors("NF4Weight", *self.tensors(), self.quant_type, self.blocksize, self.numel)
+
+    def __repr__(self) -> str:
+        return (
+            f"NF4Weight(shape={self.shape}, dtype={self.dtype}, quant_type={self.quant_type!r}, "
+            f"blocksize={self.blocksize}, double_quant={self.double_quant}, device={str(self.device)!r})"
+        )
 
     @property
     def numel(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..formats.nf4 import check_type
+from ..formats.nf4 import check_asked
 from ..formats.nf4_state import from_state
 from ..methods.adapters import fused_layers, trainable_copies
 from ..methods.hf_config import describe_four_bits, four_bit_layers, quantization_config
@@ -96,7 +96,7 @@ def load_quantized(
             NaN or an infinity. The model is as it was then.
     """
     inner = uncompiled(model)
-    check_type("load_quantized", quant_type, blocksize)
+    check_asked("load_quantized", quant_type, blocksize, double_quant)
     _check_config(Path(path))
     plan = CheckpointPlan(inner, TensorFiles(path, device), skip_modules, dtype)
     names = [*plan.small, *plan.dense]

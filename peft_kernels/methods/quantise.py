@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .._core.checks import has_values
-from ..formats.nf4 import check_type
+from ..formats.nf4 import check_asked
 from ..nn.base_linear import is_linear, read_by_parents, refusal
 from ..nn.bases import base_refusal
 from ..nn.dispatch import give_dispatch, take_dispatch
@@ -15,7 +15,7 @@ from ..nn.hooks import move_hooks
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import NF4Linear
-from .hf_config import describe_four_bits
+from .hf_config import describe_four_bits, four_bit_layers
 from .targets import output_head
 from .walk import refuse_peft, replace_modules, uncompiled, walk
 
@@ -87,15 +87,24 @@ def carry_out_quantising(
 
 def skipped(model: nn.Module, skip_modules: Iterable[str] | None) -> list[nn.Module]:
     """The modules of these names, whole or from a dot on; ValueError where there is none."""
-    if isinstance(skip_modules, str):
+    names = None if isinstance(skip_modules, str) else list(skip_modules or ())
+    if names is None or not all(isinstance(wanted, str) for wanted in names):
         raise ValueError(f"skip_modules is {skip_modules!r}; expected a list of names")
     modules, chosen = dict(walk(model)), []
-    for wanted in skip_modules or ():
+    for wanted in names:
         named = [module for name, module in modules.items() if name == wanted or name.endswith(f".{wanted}")]
         if not named:
             raise ValueError(f"skip_modules: no module of this model is named {wanted!r}")
         chosen += named
     return chosen
+
+
+def _why_none(model: nn.Module) -> str:
+    """What a model without a layer to quantise is, where that is a usual mistake."""
+    if is_linear(model):
+        return " inside: it is one itself, for NF4Linear.from_linear"
+    count = len(four_bit_layers(model))
+    return f": {count} are in 4 bits already" if count else ""
 
 
 def quantize(
@@ -120,11 +129,15 @@ def quantize(
             PEFT's wrappers.
     """
     inner = uncompiled(model)
-    check_type("quantize", quant_type, blocksize)
+    if not isinstance(inner, nn.Module):
+        raise ValueError(
+            f"quantize: model is {type(inner).__name__}; expected a torch.nn.Module (a tensor: nf4_quantize)"
+        )
+    check_asked("quantize", quant_type, blocksize, double_quant)
     refuse_peft(inner)
     chosen = quantisable(inner, skipped(inner, skip_modules))
     if not chosen:
-        raise ValueError(f"quantize: {type(inner).__name__} has no linear layer to quantise")
+        raise ValueError(f"quantize: {type(inner).__name__} has no linear layer to quantise{_why_none(inner)}")
     check_weights({name: module.weight for name, module in chosen.items()})
     others = list(chosen.values())
     chosen.clear()
@@ -155,7 +168,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         ValueError: nothing is in 4 bits, or a layer cannot be replaced, with the reason.
     """
     inner = uncompiled(model)
-    small = [(n, m) for n, m in inner.named_modules() if isinstance(m, NF4Base) and m.quantised is not None]
+    small = list(four_bit_layers(inner).items())
     if not small:
         raise ValueError(f"dequantize: {type(inner).__name__} has no layer in 4 bits")
     for name, layer in small:

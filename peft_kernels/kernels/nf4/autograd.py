@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core.checks import has_values, refuse
-from ...formats.nf4 import NF4Weight, nested_code
+from ...formats.nf4 import NF4Weight, check_asked, nested_code
 from . import op
 
 
@@ -25,6 +25,7 @@ def nf4_quantize(weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, d
     """
     if not isinstance(weight, Tensor):
         raise ValueError(f"nf4_quantize: weight is {weight!r}; expected a tensor")
+    check_asked("nf4_quantize", quant_type, blocksize, double_quant)
     packed, absmax = op.nf4_quantize(weight.detach(), quant_type, blocksize)
     if has_values(weight) and not bool(absmax.isfinite().all()):
         refuse("nf4_quantize", "weight", weight, "finite values; it holds NaN or an infinity")
@@ -47,5 +48,7 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
     """
     if not isinstance(weight, NF4Weight):
         raise ValueError(f"nf4_dequantize: weight is {type(weight).__name__}; expected an NF4Weight")
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"nf4_dequantize: dtype is {dtype!r}; expected float16, bfloat16, float32 or float64")
     args = *weight.tensors(), weight.quant_type, weight.blocksize, weight.numel, dtype or weight.dtype
     return op.nf4_dequantize(*args).view(weight.shape)
