@@ -48,3 +48,12 @@ def test_what_has_nothing_to_quantise_is_told_why():
     with pytest.raises(ValueError, match="dtype is 'bfloat16'; expected float16, bfloat16, float32 or float64"):
         pk.dequantize(model, "bfloat16")
     assert len(small(model)) == 21
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_files_are_not_read_into_a_model_that_is_in_4_bits(adapters, tmp_path):
+    llama().save_pretrained(tmp_path)
+    config = pk.LoraConfig(target_modules=["q_proj"], base="nf4")
+    model = pk.inject(llama(), config) if adapters else pk.quantize(llama())
+    with pytest.raises(ValueError, match="LlamaForCausalLM has 21 layers in 4 bits already; expected a dense model"):
+        pk.load_quantized(model, tmp_path)

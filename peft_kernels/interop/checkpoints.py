@@ -35,6 +35,15 @@ def _check_config(path: Path) -> None:
         raise ValueError(f"{file}: quantization_config is {settings}; expected bitsandbytes' with load_in_4bit")
 
 
+def _refuse_four_bits(model: nn.Module) -> None:
+    count = len(four_bit_layers(model))
+    if count:
+        raise ValueError(
+            f"load_quantized: {type(model).__name__} has {count} layers in 4 bits already; expected a dense model "
+            "(load_state_dict reads what is in 4 bits into this one)"
+        )
+
+
 def _bias(plan: CheckpointPlan, name: str, module: nn.Module) -> nn.Parameter | None:
     if module.bias is None:
         return None
@@ -92,11 +101,12 @@ def load_quantized(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file that cannot be read; keys or shapes that do not fit, all of them listed; a weight that holds
-            NaN or an infinity. The model is as it was then.
+        ValueError: a model in 4 bits; a file that cannot be read; keys or shapes that do not fit, all of them listed; a
+            weight, or the scales of one in 4 bits, that hold NaN or an infinity. The model is as it was then.
     """
     inner = uncompiled(model)
     check_asked("load_quantized", quant_type, blocksize, double_quant)
+    _refuse_four_bits(inner)
     _check_config(Path(path))
     plan = CheckpointPlan(inner, TensorFiles(path, device), skip_modules, dtype)
     names = [*plan.small, *plan.dense]
