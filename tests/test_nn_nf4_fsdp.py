@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from nf4_states import assert_same_states
+from safetensors.torch import load_file
 from test_distributed import WORLD, _on_two_ranks
 
 import peft_kernels as pk
@@ -138,9 +139,32 @@ def _goes_through_a_distributed_checkpoint(rank: int, folder: str) -> None:
         assert torch.equal(other(x), model(x))
 
 
+def _writes_files(rank: int, folder: str) -> None:
+    """save_adapter and save_quantized gather, and rank 0 writes what one process would, also after a forward."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(K, K), torch.nn.Linear(K, 1), torch.nn.Linear(1, 1))
+    config = pk.LoraConfig(r=R, target_modules=["0"], base="nf4", double_quant=True, init_lora_weights=False)
+    pk.inject(model, config)
+    pk.save_adapter(model, f"{folder}/alone-{rank}/adapter")
+    pk.save_quantized(model, f"{folder}/alone-{rank}/base")
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    with torch.no_grad():
+        model(torch.randn(M, K))  # after which the root's Parameters are whole
+    pk.save_adapter(model, f"{folder}/together-{rank}/adapter")
+    pk.save_quantized(model, f"{folder}/together-{rank}/base", max_shard_size=10**9)
+    assert os.path.exists(f"{folder}/together-{rank}") == (rank == 0), "each rank was given another folder"
+    for name in ("adapter/adapter_model", "base/model") if rank == 0 else ():
+        found, expected = (load_file(f"{folder}/{who}-0/{name}.safetensors") for who in ("together", "alone"))
+        assert_same_states(whole(found), whole(expected))
+
+
 def _training(rank: int) -> None:
     _trains(rank)
     _saves_what_trains(rank)
+    _writes_files(rank, os.environ["PEFT_KERNELS_TEST_FOLDER"])
 
 
 def _saving(rank: int) -> None:

@@ -19,8 +19,10 @@ from ..methods.walk import refuse_peft, uncompiled
 from ..nn.base_linear import conv1d_class
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import quantised
+from ..nn.nf4_sharded import is_sharded
 from .bitsandbytes import layer_of, replace_layer
 from .checkpoint_plan import CheckpointPlan, matrix_shape
+from .sharding import writes
 from .tensor_files import CONFIG, TensorFiles, read_json, write_tensors
 
 
@@ -137,12 +139,14 @@ def _contents(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, NF4Base) and first[id(module)] != name
     )
     contents, seen = {}, set()
-    for key, tensor in model.state_dict().items():
-        place = tensor.data_ptr(), tensor.shape, tensor.dtype
+    cut = any(map(is_sharded, model.parameters()))
+    for key, tensor in model.state_dict(keep_vars=cut).items():
+        # A process may have no element of a sharded tensor, and still must leave out what the others do.
+        place = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.dtype)
         if key.startswith((*adapters, *again)) or (tensor.numel() and place in seen):
             continue
         seen.add(place)
-        contents[key] = tensor
+        contents[key] = tensor.detach()
     return contents
 
 
@@ -150,7 +154,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     """Write the base model into folder `path` in bitsandbytes' layout, for `load_quantized` and for transformers.
 
     Without adapters, which `save_adapter` writes. A Hugging Face model's config.json is written too, with the
-    quantization_config that its from_pretrained asks for.
+    quantization_config that its from_pretrained asks for. Of a model that FSDP2 has sharded, every process calls this,
+    and rank 0 writes.
 
     Args:
         max_shard_size: bytes of a file, at most, but for single tensors larger than that.
@@ -169,7 +174,10 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     copies = trainable_copies(model)
     if copies:
         raise ValueError(f"save_quantized: {copies[0][0]} is one of modules_to_save: delete the adapter first")
-    write_tensors(folder, _contents(model), max_shard_size)
+    contents = _contents(model)
+    write_tensors(folder, contents, max_shard_size)
+    if not writes(contents.values()):
+        return
     config = getattr(model, "config", None)
     if callable(getattr(config, "save_pretrained", None)):
         config.save_pretrained(folder)

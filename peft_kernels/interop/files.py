@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .sharding import whole, writes
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -25,7 +27,7 @@ def _own_storage(contents: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies in host memory; safetensors refuses two keys over one storage."""
     stored, seen = {}, set()
     for key, tensor in contents.items():
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = whole(tensor.detach()).cpu().contiguous()
         if tensor.data_ptr() in seen:
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
@@ -34,11 +36,17 @@ def _own_storage(contents: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_folder(path: str | os.PathLike, settings: dict[str, Any], contents: dict[str, Tensor]) -> None:
-    """Each file is written under a temporary name and moved into place, the config last: with a config it is whole."""
+    """Each file is written under a temporary name and moved into place, the config last: with a config it is whole.
+
+    Where tensors are sharded, every process calls this and rank 0 writes.
+    """
+    stored = _own_storage(contents)
+    if not writes(contents.values()):
+        return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights, text = folder / f"{WEIGHTS_FILE}.tmp", folder / f"{CONFIG_FILE}.tmp"
-    save_file(_own_storage(contents), weights, metadata={"format": "pt"})
+    save_file(stored, weights, metadata={"format": "pt"})
     text.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     os.replace(weights, folder / WEIGHTS_FILE)
     os.replace(text, folder / CONFIG_FILE)

@@ -24,6 +24,7 @@ from ..methods.walk import uncompiled, walk
 from ..nn.merging import unmerged_bias
 from . import biases
 from .files import PREFIX, check_contents, of_copies, read_folder, write_folder
+from .sharding import reshard
 
 
 def _base_biases(model: nn.Module, bias: str, adapted: set[str], copied: set[str]) -> dict[str, Tensor]:
@@ -114,7 +115,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     """Write one adapter into folder `path` for `load_adapter`; `peft.PeftModel.from_pretrained` reads LoRA's too.
 
     BitFit's holds its biases and modules_to_save and nothing else. Each file is written under a temporary name and
-    moved into place, the config last: a folder with a config is whole.
+    moved into place, the config last: a folder with a config is whole. Of a model that FSDP2 has sharded, every process
+    calls this, and rank 0 writes.
 
     Raises:
         ValueError: an adapter that was not injected, or whose scaling was changed by `set_scale` (the format has no
@@ -123,6 +125,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     """
     model = uncompiled(model)
     config = _require(model, adapter_name)
+    reshard(model)
     to_store = biases.to_store if isinstance(config, BitFitConfig) else _lora_to_store
     write_folder(path, *to_store(model, config, adapter_name))
 

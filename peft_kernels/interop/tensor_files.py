@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .sharding import whole, writes
+
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {
@@ -119,8 +121,12 @@ def write_tensors(folder: Path, contents: dict[str, Tensor], limit: int) -> None
 
     All is written under temporary names before anything is moved into place, so that a full disk leaves the earlier
     files as they were. While shards are moved there is no index: what is half moved does not load. A shard at a time
-    is copied to host memory.
+    is copied to host memory. Where tensors are sharded, every process calls this and rank 0 writes.
     """
+    if not writes(contents.values()):
+        for tensor in contents.values():
+            whole(tensor)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(contents, limit)
     count = len(shards)
@@ -132,7 +138,7 @@ def write_tensors(folder: Path, contents: dict[str, Tensor], limit: int) -> None
         for name in (*names, INDEX):
             left_over.callback((folder / f"{name}.tmp").unlink, missing_ok=True)
         for name, shard in zip(names, shards, strict=True):
-            own = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
+            own = {key: whole(tensor.detach()).cpu().contiguous() for key, tensor in shard.items()}
             save_file(own, folder / f"{name}.tmp", metadata={"format": "pt"})
         (folder / f"{INDEX}.tmp").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if count > 1:
