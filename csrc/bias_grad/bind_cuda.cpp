@@ -1,16 +1,8 @@
 // bias_grad, relu_fwd and act_bwd for the CUDA key. What the kernels do not take (float64, a dtype of dbias that is neither
 // dy's nor float32, a GPU that the extension was not built for) goes to the ops named ..._general, which Python registers.
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
-#include <torch/library.h>
-
-#include <optional>
 #include <tuple>
 
+#include "../common/bind_cuda.h"
 #include "act_cuda.h"
 #include "bias_grad_cuda.h"
 
@@ -20,94 +12,48 @@ namespace {
 
 using at::Tensor;
 
-// The C API's number of a dtype.
-std::optional<int> dtype_code(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return 0;
-  if (dtype == at::kHalf) return 1;
-  if (dtype == at::kFloat) return 2;
-  return std::nullopt;
-}
-
-Tensor general(const Tensor& dy, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("peft_kernels::bias_grad_general", "")
-                             .typed<Tensor(const Tensor&, at::ScalarType)>();
-  return op.call(dy, dtype);
-}
-
-int sm_count(const Tensor& t) {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device()));
-  return count;
-}
-
-bool no_code_for_this_gpu(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
-}
-
 Tensor bias_grad(const Tensor& dy, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(dy.dim() == 2, "bias_grad: dy has shape ", dy.sizes(), "; expected two dimensions, [M, N]");
-  const std::optional<int> code = dtype_code(dy.scalar_type());
-  if (!code || (dtype != at::kFloat && dtype != dy.scalar_type())) return general(dy, dtype);
+  const auto general = [&] {
+    static const auto op = general_op<decltype(bias_grad)>("peft_kernels::bias_grad_general");
+    return op.call(dy, dtype);
+  };
+  BiasGrad args{};
+  args.dtype = dtype_code(dy.scalar_type());
+  if (args.dtype < 0 || (dtype != at::kFloat && dtype != dy.scalar_type())) return general();
   const c10::cuda::CUDAGuard guard(dy.device());
   const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
   Tensor dbias = at::empty({dy.size(1)}, options.dtype(dtype));
-  BiasGrad args{};
   args.dy = dy.const_data_ptr(), args.dbias = dbias.mutable_data_ptr();
   args.M = dy.size(0), args.N = dy.size(1);
   args.row_stride = dy.stride(0), args.column_stride = dy.stride(1);
-  args.dtype = *code;
   args.dbias_fp32 = dtype == at::kFloat;
   const int sms = sm_count(dy);
   const Tensor workspace = at::empty({bias_grad_workspace(&args, sms) / 4}, options.dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(dy.get_device()).stream();
-  const auto error = static_cast<cudaError_t>(bias_grad_cuda(&args, sms, stream));
-  if (no_code_for_this_gpu(error)) {
-    cudaGetLastError();  // it is not the next caller's
-    return general(dy, dtype);
-  }
-  C10_CUDA_CHECK(error);
+  if (!launched(bias_grad_cuda(&args, sms, current_stream(dy)))) return general();
   return dbias;
 }
 
 using Two = std::tuple<Tensor, Tensor>;
 
-Two relu_general(const Tensor& z) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::relu_fwd_general", "").typed<Two(const Tensor&)>();
-  return op.call(z);
-}
-
 Two relu_fwd(const Tensor& z) {
   TORCH_CHECK_VALUE(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
-  const std::optional<int> code = dtype_code(z.scalar_type());
-  if (!code) return relu_general(z);
+  const auto general = [&] {
+    static const auto op = general_op<decltype(relu_fwd)>("peft_kernels::relu_fwd_general");
+    return op.call(z);
+  };
+  ReluFwd args{};
+  args.dtype = dtype_code(z.scalar_type());
+  if (args.dtype < 0) return general();
   const c10::cuda::CUDAGuard guard(z.device());
   const auto options = z.options().memory_format(at::MemoryFormat::Contiguous);
-  ReluFwd args{};
   args.M = z.size(0), args.N = z.size(1), args.row = z.stride(0), args.column = z.stride(1);
   Tensor y = at::empty({args.M, args.N}, options);
   Tensor mask = at::empty({args.M, (args.N + 7) / 8}, options.dtype(at::kByte));
   args.z = z.const_data_ptr(), args.y = y.mutable_data_ptr(), args.mask = mask.mutable_data_ptr<uint8_t>();
-  args.dtype = *code;
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(z.get_device()).stream();
-  const auto error = static_cast<cudaError_t>(relu_fwd_cuda(&args, sm_count(z), stream));
-  if (no_code_for_this_gpu(error)) {
-    cudaGetLastError();
-    return relu_general(z);
-  }
-  C10_CUDA_CHECK(error);
+  if (!launched(relu_fwd_cuda(&args, sm_count(z), current_stream(z)))) return general();
   return {y, mask};
-}
-
-Two act_general(const Tensor& dy, const Tensor& kept, c10::string_view activation, bool need_dz, bool need_dbias,
-                at::ScalarType dtype) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("peft_kernels::act_bwd_general", "")
-          .typed<Two(const Tensor&, const Tensor&, c10::string_view, bool, bool, at::ScalarType)>();
-  return op.call(dy, kept, activation, need_dz, need_dbias, dtype);
 }
 
 // The C API's number of an activation; -1 for an unknown one, which the general op names.
@@ -126,11 +72,14 @@ bool kept_fits(const Tensor& dy, const Tensor& kept, bool relu) {
 // What is wrong goes to the general op too, whose errors name the argument.
 Two act_bwd(const Tensor& dy, const Tensor& kept, c10::string_view activation, bool need_dz, bool need_dbias,
             at::ScalarType dtype) {
-  const std::optional<int> code = dtype_code(dy.scalar_type());
-  const int act = activation_code(activation);
-  if (!code || act < 0 || dy.dim() != 2 || (dtype != at::kFloat && dtype != dy.scalar_type()) ||
+  const auto general = [&] {
+    static const auto op = general_op<decltype(act_bwd)>("peft_kernels::act_bwd_general");
+    return op.call(dy, kept, activation, need_dz, need_dbias, dtype);
+  };
+  const int code = dtype_code(dy.scalar_type()), act = activation_code(activation);
+  if (code < 0 || act < 0 || dy.dim() != 2 || (dtype != at::kFloat && dtype != dy.scalar_type()) ||
       !kept_fits(dy, kept, act == 0))
-    return act_general(dy, kept, activation, need_dz, need_dbias, dtype);
+    return general();
   const c10::cuda::CUDAGuard guard(dy.device());
   const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
   ActBwd args{};
@@ -141,17 +90,11 @@ Two act_bwd(const Tensor& dy, const Tensor& kept, c10::string_view activation, b
   args.dz = need_dz ? dz.mutable_data_ptr() : nullptr, args.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
   args.dy_row = dy.stride(0), args.dy_column = dy.stride(1);
   args.kept_row = kept.stride(0), args.kept_column = kept.stride(1);
-  args.activation = act, args.dtype = *code, args.dbias_fp32 = dtype == at::kFloat;
+  args.activation = act, args.dtype = code, args.dbias_fp32 = dtype == at::kFloat;
   const int sms = sm_count(dy);
   const Tensor workspace = at::empty({act_bwd_workspace(&args, sms) / 4}, options.dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(dy.get_device()).stream();
-  const auto error = static_cast<cudaError_t>(act_bwd_cuda(&args, sms, stream));
-  if (no_code_for_this_gpu(error)) {
-    cudaGetLastError();
-    return act_general(dy, kept, activation, need_dz, need_dbias, dtype);
-  }
-  C10_CUDA_CHECK(error);
+  if (!launched(act_bwd_cuda(&args, sms, current_stream(dy)))) return general();
   return {dz, dbias};
 }
 

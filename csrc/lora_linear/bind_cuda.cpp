@@ -1,20 +1,12 @@
 // lora_linear_fwd and lora_linear_bwd for the CUDA key: what the Hopper kernels take goes to them, all else to the general
 // kernels (Triton, or the reference without it), which Python registers as lora_linear_fwd_general and _bwd_general.
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
-#include <torch/library.h>
-
 #include <array>
 #include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "../common/bind_cuda.h"
 #include "hopper.h"
 #include "lora_dy_sm90.h"
 #include "lora_gemm_sm90.h"
@@ -56,12 +48,6 @@ Chip chip_of(const Tensor& t) {
   }
   return {static_cast<int>(packed >> 32), static_cast<int>(packed & 0xffffffff)};
 }
-
-// The op may be called inside autocast or with tensors that require grad; what happens here is below both.
-struct BelowAutogradAndAutocast {
-  at::AutoDispatchBelowADInplaceOrView autograd;
-  c10::impl::ExcludeDispatchKeyGuard autocast{c10::DispatchKey::AutocastCUDA};
-};
 
 // ---- what the kernels take ----
 
@@ -116,10 +102,6 @@ bool fits_forward(const Tensor& x, const OptionalTensor& bias, const OptionalTen
 
 // ---- products ----
 
-cudaStream_t stream_of(const Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.get_device()).stream(); }
-
-int dtype_code(const Tensor& t) { return t.scalar_type() == at::kHalf; }
-
 // A copy where rows do not start on 16 bytes: a slice of a flat buffer may be contiguous and yet lie anywhere.
 Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.clone(at::MemoryFormat::Contiguous); }
 
@@ -143,8 +125,8 @@ void low_rank_first(Tensor& out, const Tensor& p, const Tensor& q, const Tensor&
   g.alpha = static_cast<float>(alpha);
   g.M = p.size(0), g.N = q.size(1), g.K = p.size(1), g.R = low.size(1);
   g.ld_p = pitch(p), g.ld_q = pitch(q_rows), g.ld_low = pitch(low), g.ld_t = pitch(t_rows), g.ld_c = g.N;
-  g.dtype = dtype_code(p);
-  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_gemm_sm90(&g, stream_of(p))));
+  g.dtype = dtype_code(p.scalar_type());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_gemm_sm90(&g, current_stream(p))));
 }
 
 // The same by cuBLAS, where our tiles would leave much of the last wave idle. No mask; bias in p's dtype.
@@ -173,19 +155,12 @@ Tensor gemm(const Tensor& p, const Tensor& q, const Tensor& low, const Tensor& t
 
 // ---- the ops ----
 
-using Forward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                                                   const OptionalTensor&, const OptionalTensor&, double, int64_t);
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                            const Tensor&, const Tensor&, const OptionalTensor&,
-                                                            const Tensor&, double, bool, bool, bool, bool);
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
                                            const Tensor& lora_b, const OptionalTensor& bias, const OptionalTensor& seed,
                                            double scaling, int64_t threshold) {
   if (!weight || refusal(x, lora_a.size(-1), weight, lora_a, lora_b, seed.has_value()) != nullptr ||
       !fits_forward(x, bias, seed, threshold, lora_b.size(0))) {
-    static const auto general =
-        c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::lora_linear_fwd_general", "").typed<Forward>();
+    static const auto general = general_op<decltype(forward)>("peft_kernels::lora_linear_fwd_general");
     return general.call(x, weight, lora_a, lora_b, bias, seed, scaling, threshold);
   }
   const BelowAutogradAndAutocast below;
@@ -204,8 +179,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   d.mask = seed ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x), d.ld_a = pitch(a);
   d.threshold = static_cast<unsigned>(threshold);
-  d.dtype = dtype_code(x);
-  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_down_sm90(&d, sms, stream_of(x))));
+  d.dtype = dtype_code(x.scalar_type());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_down_sm90(&d, sms, current_stream(x))));
 
   OptionalTensor added = bias;
   if (bias && bias->scalar_type() != x.scalar_type()) added = bias->to(at::kFloat);
@@ -240,9 +215,9 @@ std::tuple<Tensor, Tensor, Tensor> from_dy(const Tensor& dy, const Tensor& b, co
   d.dy = dy.const_data_ptr(), d.b = b.const_data_ptr(), d.workspace = scratch.mutable_data_ptr<float>();
   d.scaling = static_cast<float>(scaling);
   d.M = M, d.N = N, d.R = R, d.ld_dy = pitch(dy), d.ld_b = pitch(b);
-  d.dtype = dtype_code(dy);
+  d.dtype = dtype_code(dy.scalar_type());
   d.db_fp32 = db_dtype == at::kFloat;
-  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_dy_sm90(&d, sms, stream_of(dy))));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_dy_sm90(&d, sms, current_stream(dy))));
   return {g, db, dbias};
 }
 
@@ -253,9 +228,9 @@ Tensor from_x(const Tensor& x, const Tensor& g, const unsigned char* mask, doubl
   d.x = x.const_data_ptr(), d.g = g.const_data_ptr(), d.mask = mask, d.da = da.mutable_data_ptr();
   d.scaling = static_cast<float>(scaling);
   d.M = M, d.K = K, d.R = R, d.ld_x = pitch(x);
-  d.dtype = dtype_code(x);
+  d.dtype = dtype_code(x.scalar_type());
   d.da_fp32 = da_dtype == at::kFloat;
-  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_da_sm90(&d, sms, stream_of(x))));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(lora_da_sm90(&d, sms, current_stream(x))));
   return da;
 }
 
@@ -281,8 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
                                                     const Tensor& mask, double scaling, bool need_dx, bool need_dlora_a,
                                                     bool need_dlora_b, bool need_dbias) {
   if (!takes_backward(dy, x, weight, lora_a, lora_b, s, mask, need_dx, need_dlora_a, need_dlora_b)) {
-    static const auto general =
-        c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::lora_linear_bwd_general", "").typed<Backward>();
+    static const auto general = general_op<decltype(backward)>("peft_kernels::lora_linear_bwd_general");
     return general.call(dy, x, weight, lora_a, lora_b, s, mask, scaling, need_dx, need_dlora_a, need_dlora_b, need_dbias);
   }
   const BelowAutogradAndAutocast below;

@@ -1,17 +1,10 @@
 // norm_fwd and norm_bwd for the CUDA key: checks and outputs. What the kernels do not take (float64, rows that 16-byte
 // loads cannot read, a GPU that the extension was not built for) goes to norm_fwd_general and norm_bwd_general, which
 // Python registers.
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
-#include <torch/library.h>
-
 #include <optional>
 #include <tuple>
 
+#include "../common/bind_cuda.h"
 #include "norm_cuda.h"
 
 namespace peft_kernels {
@@ -21,23 +14,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The C API's number of a dtype, -1 for one that it lacks.
-int dtype_code(at::ScalarType dtype) {
-  if (dtype == at::kBFloat16) return 0;
-  if (dtype == at::kHalf) return 1;
-  return dtype == at::kFloat ? 2 : -1;
-}
-
-bool no_code_for_this_gpu(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
-}
-
-int attribute(const Tensor& t, cudaDeviceAttr which) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, t.get_device()));
-  return value;
-}
-
 // Whether a matrix's columns, or a parameter's elements, lie side by side; one that is not there is no obstacle.
 bool adjacent(const optional<Tensor>& t) { return !t || t->stride(-1) == 1; }
 
@@ -45,29 +21,9 @@ const void* data(const optional<Tensor>& t) { return t ? t->const_data_ptr() : n
 long long row_stride(const optional<Tensor>& t) { return t ? t->stride(0) : 0; }
 int dtype_of(const optional<Tensor>& t) { return t ? dtype_code(t->scalar_type()) : 0; }
 
-// The key is CUDA's as soon as one argument is there: another may be on the host or on another GPU.
-void check(const char* op, const char* name, const optional<Tensor>& t, at::Device device, at::IntArrayRef sizes,
-           optional<at::ScalarType> dtype = std::nullopt) {
-  if (!t) return;
-  TORCH_CHECK_VALUE(t->device() == device && device.is_cuda(), op, ": ", name, " is on ", t->device(),
-                    "; expected one GPU for all arguments, the first is on ", device);
-  TORCH_CHECK_VALUE(t->sizes() == sizes, op, ": ", name, " has shape ", t->sizes(), "; expected ", sizes);
-  TORCH_CHECK_VALUE(!dtype || t->scalar_type() == *dtype, op, ": ", name, " is ", t->scalar_type(), "; expected ",
-                    *dtype);
-}
-
 // ---- forward ----
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Forward general_fwd(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
-                    const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
-  using Op = Forward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&, double,
-                     bool, at::ScalarType);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::norm_fwd_general", "").typed<Op>();
-  return op.call(x, residual, weight, bias, eps, rms, dtype);
-}
 
 Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const optional<Tensor>& weight,
                  const optional<Tensor>& bias, double eps, bool rms, at::ScalarType dtype) {
@@ -76,7 +32,10 @@ Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const option
   check("norm_fwd", "residual", residual, x.device(), x.sizes(), x.scalar_type());
   check("norm_fwd", "weight", weight, x.device(), {x.size(1)});
   check("norm_fwd", "bias", bias, x.device(), {x.size(1)});
-  const auto general = [&] { return general_fwd(x, residual, weight, bias, eps, rms, dtype); };
+  const auto general = [&] {
+    static const auto op = general_op<decltype(norm_fwd)>("peft_kernels::norm_fwd_general");
+    return op.call(x, residual, weight, bias, eps, rms, dtype);
+  };
   const bool float_or_own = dtype == at::kFloat || dtype == x.scalar_type();
   if (!float_or_own || !adjacent(x) || !adjacent(residual) || !adjacent(weight) || !adjacent(bias)) return general();
   NormForward args{};
@@ -97,13 +56,7 @@ Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const option
   Tensor rstd = at::empty({args.M}, options.dtype(at::kFloat));
   args.y = y.mutable_data_ptr(), args.total = total.mutable_data_ptr();
   args.mean = mean.mutable_data_ptr<float>(), args.rstd = rstd.mutable_data_ptr<float>();
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.get_device()).stream();
-  const auto error = static_cast<cudaError_t>(norm_fwd_cuda(&args, stream));
-  if (no_code_for_this_gpu(error)) {
-    cudaGetLastError();  // it is not the next caller's
-    return general();
-  }
-  C10_CUDA_CHECK(error);
+  if (!launched(norm_fwd_cuda(&args, current_stream(x)))) return general();
   return {y, total, mean, rstd};
 }
 
@@ -111,25 +64,14 @@ Forward norm_fwd(const Tensor& x, const optional<Tensor>& residual, const option
 
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-Backward general_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x,
-                     const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight,
-                     bool rms, bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype,
-                     at::ScalarType dx_dtype) {
-  using Op = Backward(const Tensor&, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&,
-                      const optional<Tensor>&, const optional<Tensor>&, bool, bool, bool, bool, at::ScalarType,
-                      at::ScalarType);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("peft_kernels::norm_bwd_general", "").typed<Op>();
-  return op.call(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
-}
-
 Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const optional<Tensor>& x,
                   const optional<Tensor>& mean, const optional<Tensor>& rstd, const optional<Tensor>& weight, bool rms,
                   bool need_dx, bool need_dweight, bool need_dbias, at::ScalarType dtype, at::ScalarType dx_dtype) {
   TORCH_CHECK_VALUE(dy.dim() == 2 && dy.size(1) > 0, "norm_bwd: dy has shape ", dy.sizes(),
                     "; expected two dimensions, [M, K], K at least 1");
   const auto general = [&] {
-    return general_bwd(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
+    static const auto op = general_op<decltype(norm_bwd)>("peft_kernels::norm_bwd_general");
+    return op.call(dy, dtotal, x, mean, rstd, weight, rms, need_dx, need_dweight, need_dbias, dtype, dx_dtype);
   };
   const bool reads_x = need_dx || need_dweight, fp32_dy = dy.scalar_type() == at::kFloat;
   const bool dtypes = (fp32_dy || dy.scalar_type() == dx_dtype) && (dtype == at::kFloat || dtype == dx_dtype);
@@ -158,17 +100,10 @@ Backward norm_bwd(const Tensor& dy, const optional<Tensor>& dtotal, const option
   Tensor dweight = at::empty({need_dweight ? args.K : 0}, options.dtype(dtype));
   Tensor dbias = at::empty({need_dbias ? args.K : 0}, options.dtype(dtype));
   args.dx = dx.mutable_data_ptr(), args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
-  const NormGpu gpu{attribute(dy, cudaDevAttrMultiProcessorCount),
-                    attribute(dy, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const NormGpu gpu{sm_count(dy), attribute(dy, cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   const Tensor workspace = at::empty({norm_bwd_workspace(&args, &gpu) / 4}, options.dtype(at::kFloat));
   args.workspace = workspace.mutable_data_ptr<float>();
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(dy.get_device()).stream();
-  const auto error = static_cast<cudaError_t>(norm_bwd_cuda(&args, &gpu, stream));
-  if (no_code_for_this_gpu(error)) {
-    cudaGetLastError();  // it is not the next caller's
-    return general();
-  }
-  C10_CUDA_CHECK(error);
+  if (!launched(norm_bwd_cuda(&args, &gpu, current_stream(dy)))) return general();
   return {dx, dweight, dbias};
 }
 
