@@ -27,7 +27,7 @@ def equal(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got.isnan(), want.isnan())
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[want.element_size()]
     bad = (got.view(kind) != want.view(kind)) & ~want.isnan()
-    assert not bad.any(), f"{int(bad.sum())} of {bad.numel()} differ, the first at {int(bad.nonzero()[0])}"
+    assert not bad.any(), f"{int(bad.sum())} of {bad.numel()} differ, the first at {int(bad.flatten().nonzero()[0])}"
 
 
 def check_dequantize(lib, numel, quant_type, blocksize, nested, dtype, **how) -> None:
@@ -35,6 +35,17 @@ def check_dequantize(lib, numel, quant_type, blocksize, nested, dtype, **how) ->
     args = tensors, quant_type, blocksize, numel, dtype
     (got,) = nf4.in_both_orders(lib, lambda lib, device: nf4.dequantize(lib, device, *args, **how))
     equal(got, nf4_values.dequantize(*tensors, quant_type, blocksize, numel, dtype))
+
+
+def check_dequantize_part(
+    lib, numel: int, blocksize: int, nested: bool, dtype, part: tuple, aligned: bool = True
+) -> None:
+    """Rows of `cols` neighbours that begin `pitch` elements apart: those of the whole."""
+    (start, pitch, rows, cols), tensors = part, any_weight(numel, "nf4", blocksize, nested)
+    weight = tensors, "nf4", blocksize, numel
+    (got,) = nf4.in_both_orders(lib, nf4.dequantize_part, weight, dtype, part, aligned)
+    whole = nf4_values.dequantize(*tensors, *weight[1:], dtype)
+    equal(got, whole.as_strided((rows, cols), (pitch, 1), start).contiguous())
 
 
 def weights(numel: int, dtype: torch.dtype, blocksize: int, quant_type: str) -> torch.Tensor:

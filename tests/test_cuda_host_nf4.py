@@ -12,6 +12,7 @@ from nf4_host_checks import (
     TYPES,
     any_weight,
     check_dequantize,
+    check_dequantize_part,
     check_quantize,
     check_scales,
     check_ties,
@@ -51,6 +52,30 @@ def test_dequantize(dequantizer, blocksize, nested, dtype):
 def test_dequantize_many_nested_blocks(dequantizer):
     check_dequantize(dequantizer, 40_003, "nf4", 32, True, torch.bfloat16)
     check_dequantize(dequantizer, 40_000, "fp4", 64, True, torch.float32)
+
+
+COLUMNS = [
+    (0, 80, 70, 8),
+    (8, 80, 70, 72),
+    (16, 272, 33, 256),
+    (0, 520, 9, 264),
+    (24, 2072, 5, 2048),
+    (48, 4096, 17, 512),
+]
+"""start, pitch, rows, cols: one piece and more than a warp's in a row, whole tiles and tails both ways."""
+
+
+@pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_dequantize_a_part(dequantizer, blocksize, nested, dtype):
+    """Columns of a matrix, and rows: from anywhere in a block of scales, to its last element, an odd number of them."""
+    for part in COLUMNS:
+        numel = part[0] + part[1] * (part[2] - 1) + part[3] + part[2] % 3
+        check_dequantize_part(dequantizer, numel, blocksize, nested, dtype, part)
+        check_dequantize_part(dequantizer, numel, blocksize, nested, dtype, part, aligned=False)
+    for start, cols in ((8, 1), (40, 4097), (4096, 904), (16, 20_000), (9008, 7)):
+        check_dequantize_part(dequantizer, 20_016, blocksize, nested, dtype, (start, 0, 1, cols))
 
 
 @pytest.mark.parametrize("dtype", nf4.DTYPES, ids=str)
@@ -100,13 +125,15 @@ def test_ties_of_scales(quantizer):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("numel", -1), ("blocksize", 48), ("blocksize", 16), ("blocksize", 8192), ("packed", None), ("absmax", None),
+    ("dtype", 3), ("start", -8), ("start", 4), ("start", 8), ("rows", -1), ("rows", 3), ("cols", -1), ("cols", 65),
+    ("pitch", -8), ("out", None),
 ])  # fmt: skip
 def test_wrong_calls(dequantizer, field, value):
     with memory(dequantizer) as device:
         weight = nf4.put_weight(device, any_weight(64, "nf4", 64, False), "nf4", 64, 64)
         out = device.empty((64,), torch.bfloat16)
-        setattr(weight, field, value)
-        args = nf4.Dequantize(weight, at(out).value, 0, 0)
+        args = nf4.Dequantize(weight, at(out).value, 0, 32, 1, 64, 0, 0)
+        setattr(args.weight if hasattr(weight, field) else args, field, value)
         assert dequantizer.nf4_dequantize_cuda(ctypes.byref(args), None) == 1
 
 

@@ -12,6 +12,7 @@ from nf4_host_checks import (
     TYPES,
     any_weight,
     check_dequantize,
+    check_dequantize_part,
     check_quantize,
     check_scales,
     check_ties,
@@ -28,14 +29,20 @@ DEQUANTIZE_FAULTS = {
     "halves of a byte": ("csrc/common/nf4.cuh", "(i % 2 == 0 ? 4 : 0)", "(i % 2 == 0 ? 0 : 4)"),
     "bytes of a word": ("csrc/common/nf4.cuh", "i / 2 * 8", "(3 - i / 2) * 8"),
     "one scale for all": (nf4.DEQUANTIZE, "blocks[i] = piece * N >> shift;", "blocks[i] = 0;"),
+    "a part's start": (nf4.DEQUANTIZE, "= pieces.first + row * pieces.pitch", "= row * pieces.pitch"),
+    "a part's pitch": (nf4.DEQUANTIZE, "first + i * (apart * pieces.pitch)", "first + i * apart"),
+    "rows of out": (nf4.DEQUANTIZE, "* pieces.per_row + column) * N", "+ column) * N"),
+    "columns past a row": (nf4.DEQUANTIZE, "column < pieces.per_row ? pieces.rows : 0", "pieces.rows"),
+    "rows past the last": (nf4.DEQUANTIZE, "row + i * apart < rows ? first", "true ? first"),
+    "a part's last elements": (nf4.DEQUANTIZE, "element = pieces.first * N + at;", "element = at;"),
     "offset left out": ("csrc/common/nf4.cuh", "shared_scales[i]), offset)", "shared_scales[i]), 0.0f)"),
     "contracted": ("csrc/common/nf4.cuh", "__fadd_rn(__fmul_rn(out[i], shared_scales[i]), offset)",
                    "__fmaf_rn(out[i], shared_scales[i], offset)"),
     "nested block": ("csrc/common/nf4.cuh", "blocks[i] / kNestedBlock", "0 * blocks[i]"),
     "barrier missing": (nf4.DEQUANTIZE, "  __syncthreads();\n", ""),
-    "last elements left out": (nf4.DEQUANTIZE, "element < weight.numel)", "element < 0)"),
+    "last elements left out": (nf4.DEQUANTIZE, "< pieces.tail)", "< 0)"),
     "last elements by every block": (nf4.DEQUANTIZE, "element % 2)", "1 - element % 2)"),
-    "past the last piece": (nf4.DEQUANTIZE, "    if (first + i * kThreads >= pieces) continue;\n", ""),
+    "past the last piece": (nf4.DEQUANTIZE, "    if (row + i * apart >= rows) continue;\n", ""),
     "alignment of the codes": (nf4.DEQUANTIZE, "on_bytes(a.weight.packed, kWide<T> / 2)", "true"),
     "alignment of the values": (nf4.DEQUANTIZE, "&& on_bytes(a.out, 16)", ""),
 }  # fmt: skip
@@ -70,13 +77,15 @@ def dequantize_checks(lib) -> None:
         for numel in (7, 65, 20_005):
             check_dequantize(lib, numel, "nf4", 32, nested, dtype)
             check_dequantize(lib, numel, "nf4", 64, nested, dtype, aligned=False)
-            # Codes off their bytes and values on theirs, and the other way round.
+        for part in ((16, 272, 33, 264), (40, 0, 1, 4097)):
+            check_dequantize_part(lib, 20_000, 64, nested, dtype, part)
+    # Codes off their bytes and values on theirs, and the other way round.
     for aligned_codes in (False, True):
         tensors = any_weight(1000, "nf4", 64, False)
         with memory(lib) as device:
             weight = nf4.put_weight(device, tensors, "nf4", 64, 1000, aligned_codes)
             out = device.empty((1008,), torch.bfloat16, align=16)[0 if not aligned_codes else 3 :][:1000]
-            args = nf4.Dequantize(weight, at(out).value, 0, 0)
+            args = nf4.Dequantize(weight, at(out).value, 0, 0, 1, 1000, 0, 0)
             nf4.raise_for(lib, lib.nf4_dequantize_cuda(ctypes.byref(args), None))
             equal(out.clone(), nf4_values.dequantize(*tensors, "nf4", 64, 1000, torch.bfloat16))
 

@@ -11,6 +11,7 @@ from peft_kernels._core.registry import WORKSPACE
 
 pytest.importorskip("triton", reason="without Triton, which is optional, nothing is declared")
 from peft_kernels.kernels._shared import cuda_sums  # noqa: E402
+from peft_kernels.kernels.nf4_linear.configs import MOST_ROWS, chunk_columns, chunk_lines  # noqa: E402
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
@@ -95,6 +96,17 @@ def test_nf4_linear(lib, blocksize):
         args = nf4_linear.Linear(M=M, N=N, K=K, dtype=nf4_linear.DTYPES[dtype])
         args.weight.blocksize = blocksize
         asked[case] = nf4_linear.workspace_bytes(lib(nf4_linear.SOURCE), args, sm_count)
-        declared[case] = cuda_sums.nf4_products(M, N, K, blocksize, dtype)
+        declared[case] = cuda_sums.nf4_parts(M, N, K, blocksize, dtype)
     hold("nf4_linear_fwd", asked, declared)
     hold_tight(list(declared.values()), asked)
+
+
+@pytest.mark.parametrize("dtype", nf4_linear.DTYPES, ids=str)
+def test_nf4_linear_by_chunks(lib, dtype):
+    """Python's few rows and chunks are C++'s: what is declared for many rows is what the extension holds."""
+    library = lib(nf4_linear.SOURCE)
+    assert nf4_linear.most_rows(library, torch.bfloat16) == nf4_linear.most_rows(library, torch.float16) == MOST_ROWS
+    sizes = (1, 5, 64, 70, 264, 4096, 4104, 14_336, 28_672, 128_256, 1_000_000)
+    for N, K in product(sizes, sizes):
+        assert nf4_linear.chunk(library, N, K, dtype, False) == chunk_lines(N, K, dtype), (N, K)
+        assert nf4_linear.chunk(library, N, K, dtype, True) == chunk_columns(N, K, dtype), (N, K)

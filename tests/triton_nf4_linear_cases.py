@@ -69,7 +69,8 @@ def small_plans(monkeypatch):
         return found and Rows(found.block_m, min(found.group, 32), 64, 16, 32)
 
     monkeypatch.setattr(triton_impl, "pick_rows", rows)
-    monkeypatch.setattr(triton_impl, "chunk_lines", lambda lines, length, dtype: min(lines, 64))
+    for module in (configs, triton_impl):
+        monkeypatch.setattr(module, "chunk_lines", lambda lines, length, dtype: min(lines, 64))
     yield
     for plan in plans:
         plan.cache_clear()

@@ -76,7 +76,7 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Maybe& n
   if (args.dtype < 0) return general();
   const c10::cuda::CUDAGuard guard(packed.device());
   Tensor out = at::empty({numel}, packed.options().dtype(dtype));
-  args.out = out.mutable_data_ptr();
+  args.out = out.mutable_data_ptr(), args.rows = 1, args.cols = numel;
   if (!launched(nf4_dequantize_cuda(&args, current_stream(packed)))) return general();
   return out;
 }

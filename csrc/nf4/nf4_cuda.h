@@ -6,9 +6,12 @@
 
 extern "C" {
 
+// Row r of out is the weight's elements from start + r * pitch on. start is a multiple of 8, and for more than one row
+// pitch and cols are too.
 struct Nf4Dequantize {
   peft_kernels::Nf4Weight weight;
-  void* out;  // [numel]
+  void* out;  // [rows, cols], dense
+  long long start, pitch, rows, cols;
   int dtype;  // of out
   int keep;   // 1: out is read again at once and should stay in L2
 };

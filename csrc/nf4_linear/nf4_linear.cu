@@ -14,7 +14,16 @@ constexpr int kBlocksPerSm = 2;
 constexpr long long kMostBlocksInAChain = 96;
 constexpr long long kMostColumns = 1 << 26;  // of W: what lies within 32 rows of it is counted in 32 bits
 
+// More rows: what of the dequantised weight is there at a time, and what its rows or columns are a multiple of.
+constexpr long long kChunkBytes = 24 << 20, kChunkLines = 256;
+
 long long most_rows(int dtype) { return dtype == 2 ? kMostFloatRows : kMostRows; }
+
+long long chunk(long long lines, long long length, int element_bytes) {
+  const long long chunks = ceil_div(lines * length * element_bytes, kChunkBytes);
+  const long long each = ceil_div(lines, chunks * kChunkLines) * kChunkLines;
+  return each < lines ? each : lines;
+}
 
 bool takes(const Nf4Linear& a) {
   if (a.dtype < 0 || a.dtype > 2 || a.M < 0 || a.N < 1 || a.K < 1 || a.K > kMostColumns) return false;
@@ -114,6 +123,12 @@ cudaError_t nf4_linear(const Nf4Linear& a, int sm_count, cudaStream_t stream) {
 extern "C" {
 
 long long nf4_linear_most_rows(int dtype) { return peft_kernels::most_rows(dtype); }
+
+// All columns where rows do not begin with a group of 8 elements, as nf4_dequantize_cuda wants them.
+long long nf4_linear_chunk(long long N, long long K, int element_bytes, int columns) {
+  if (columns != 0 && K % 8 != 0) return K;
+  return columns != 0 ? peft_kernels::chunk(K, N, element_bytes) : peft_kernels::chunk(N, K, element_bytes);
+}
 
 int nf4_linear_takes(const Nf4Linear* args) { return peft_kernels::takes(*args); }
 

@@ -23,6 +23,10 @@ struct Nf4Linear {
 
 // Rows of x at most; more are for a dequantised weight and a matrix product.
 long long nf4_linear_most_rows(int dtype);
+// There: how many rows of W [N, K] (columns: for dx) are dequantised at a time, of values of that many bytes; equal
+// chunks, or all. The arithmetic of kernels/nf4_linear/configs.py, which has the reasons.
+long long nf4_linear_chunk(long long N, long long K, int element_bytes, int columns);
+
 int nf4_linear_takes(const Nf4Linear* args);
 long long nf4_linear_workspace(const Nf4Linear* args, int sm_count);
 

@@ -25,7 +25,8 @@ class Weight(ctypes.Structure):
 class Dequantize(ctypes.Structure):
     """struct Nf4Dequantize of nf4_cuda.h."""
 
-    _fields_ = [("weight", Weight), ("out", ctypes.c_void_p)] + fields(ctypes.c_int, "dtype", "keep")
+    _fields_ = [("weight", Weight), ("out", ctypes.c_void_p)]
+    _fields_ += fields(ctypes.c_longlong, "start", "pitch", "rows", "cols") + fields(ctypes.c_int, "dtype", "keep")
 
 
 class Quantize(ctypes.Structure):
@@ -89,9 +90,18 @@ def dequantize(
     """The op nf4_dequantize; the fresh output holds NaN, and nothing beside it may be written."""
     weight = put_weight(device, tensors, quant_type, blocksize, numel, aligned)
     out = device.empty((numel + 1,), dtype, align=16)[1:] if not aligned else device.empty((numel,), dtype, align=16)
-    args = Dequantize(weight, at(out).value, DTYPES[dtype], keep)
+    args = Dequantize(weight, at(out).value, 0, 0, 1, numel, DTYPES[dtype], keep)
     raise_for(lib, lib.nf4_dequantize_cuda(ctypes.byref(args), None))
     return (out,)
+
+
+def dequantize_part(lib, device: Memory, weight: tuple, dtype, part: tuple, aligned=True) -> tuple[Tensor]:
+    """`weight`: tensors, quant_type, blocksize, numel; `part`: start, pitch, rows, cols."""
+    placed, (*_, rows, cols) = put_weight(device, *weight, aligned), part
+    out = device.empty((rows * cols,), dtype, align=16)
+    args = Dequantize(placed, at(out).value, *part, DTYPES[dtype], 1)
+    raise_for(lib, lib.nf4_dequantize_cuda(ctypes.byref(args), None))
+    return (out.view(rows, cols),)
 
 
 def quantize(lib, device: Memory, values: Tensor, quant_type, blocksize, aligned=True) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,16 @@ def workspace_bytes(lib: ctypes.CDLL, args: Linear, sm_count: int) -> int:
     return lib.nf4_linear_workspace(ctypes.byref(args), sm_count)
 
 
+def most_rows(lib: ctypes.CDLL, dtype: torch.dtype) -> int:
+    lib.nf4_linear_most_rows.restype = ctypes.c_longlong
+    return lib.nf4_linear_most_rows(DTYPES[dtype])
+
+
+def chunk(lib: ctypes.CDLL, N: int, K: int, dtype: torch.dtype, columns: bool) -> int:
+    lib.nf4_linear_chunk.restype = ctypes.c_longlong
+    return lib.nf4_linear_chunk(ctypes.c_longlong(N), ctypes.c_longlong(K), dtype.itemsize, columns)
+
+
 def _place(device: Memory, values: Tensor) -> tuple[int, tuple[int, ...]]:
     """Address and strides of a copy: those of `values`, which starts on 16 bytes if `values` does."""
     own = values[tuple(slice(0, 1) if step == 0 else slice(None) for step in values.stride())]

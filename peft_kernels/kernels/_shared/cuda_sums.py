@@ -16,7 +16,7 @@ _LEAST_ROWS = 64  # of a part: 8 for each of the 8 threads along them
 _NORM_THREADS, _NORM_SPAN = 512, 512  # of an SM, and threads that share a row at most
 _NORM_MOST_LOADS = 2  # of a row by a thread that carries sums; of longer rows the sums are a pass by columns
 _NORM_LEAST_ROWS = 4  # of a part
-_NF4_MOST_ROWS, _NF4_MOST_SIMT_ROWS = 64, 2
+_NF4_MOST_SIMT_ROWS = 2
 _NF4_BLOCKS, _NF4_BLOCK_ROWS, _NF4_STEP = 2, 128, 256  # of an SM; rows and columns of the weight at once
 _NF4_CHAIN = 96  # blocks of weights in one sum
 
@@ -38,14 +38,9 @@ def norm_sums(M: int, K: int, sums: int, dtype: torch.dtype) -> int:
     return 4 * sums * min(cdiv(M, _NORM_LEAST_ROWS) * K, _SMS * _NORM_THREADS * load * loads + K)
 
 
-def nf4_products(M: int, N: int, K: int, blocksize: int, dtype: torch.dtype) -> int:
-    """Bytes of nf4_linear_fwd's temporaries on the CUDA kernels, at most: the sums of the parts of K for few rows, else
-    a dequantised weight [N, K] beside a bias and an addend in one. nf4_linear_bwd's are the weight alone."""
-    if dtype == torch.float64 or M == 0:
-        return 0
-    if M > _NF4_MOST_ROWS:
-        return dtype.itemsize * (N * K + N + M * N)
-    if dtype == torch.float32 or M <= _NF4_MOST_SIMT_ROWS:
+def nf4_parts(M: int, N: int, K: int, blocksize: int, dtype: torch.dtype) -> int:
+    """Bytes of the sums of the parts of K of nf4_linear_fwd's kernels for few rows, at most."""
+    if dtype in (torch.float64, torch.float32) or M <= _NF4_MOST_SIMT_ROWS:
         return 0
     enough = min(_NF4_BLOCKS * _SMS // max(1, cdiv(N, _NF4_BLOCK_ROWS)), K // (16 * M), cdiv(K, _NF4_STEP))
     parts = max(enough, cdiv(K, _NF4_CHAIN * min(64, blocksize)))

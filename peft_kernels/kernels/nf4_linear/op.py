@@ -1,12 +1,12 @@
 """Schemas, fakes, declared temporaries, sharding and registration of nf4_linear_fwd and nf4_linear_bwd."""
 
-import torch
 from torch import Tensor
 
 from ..._core import native
 from ..._core.registry import define_op
 from ..._core.sharding import REPLICATE, share
 from . import reference
+from .configs import MOST_ROWS
 
 if native.HAS_TRITON:
     from .._shared import cuda_sums
@@ -31,19 +31,11 @@ def _bwd_fake(
     return dy.new_empty(dy.shape[0], K)
 
 
-def _fwd_workspace(x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, addend, *settings) -> int:
-    """The more of what the Triton and the CUDA kernels hold."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    _, blocksize, N = settings
-    by_cuda = cuda_sums.nf4_products(x.shape[0], N, x.shape[1], blocksize, x.dtype)
-    return max(triton_impl.nf4_linear_fwd_workspace(x, *tensors, bias, addend, *settings), by_cuda)
-
-
-def _bwd_workspace(dy, packed, absmax, nested_absmax, nested_code, nested_offset, addend, *settings) -> int:
-    """The more of what the Triton and the CUDA kernels hold: these dequantise the whole weight."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    by_cuda = 0 if dy.dtype == torch.float64 else dy.shape[1] * settings[-1] * dy.element_size()
-    return max(triton_impl.nf4_linear_bwd_workspace(dy, *tensors, addend, *settings), by_cuda)
+def _fwd_workspace(x, *args) -> int:
+    """The more of what the Triton and the CUDA kernels hold; these differ for few rows alone."""
+    (M, K), (blocksize, N) = x.shape, args[-2:]
+    few = cuda_sums.nf4_parts(M, N, K, blocksize, x.dtype) if M <= MOST_ROWS else 0
+    return max(triton_impl.nf4_linear_fwd_workspace(x, *args), few)
 
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset"
@@ -62,7 +54,7 @@ nf4_linear_bwd = define_op(
     reference=reference.nf4_linear_bwd,
     fake=_bwd_fake,
     triton=triton_impl and triton_impl.nf4_linear_bwd,
-    workspace=triton_impl and _bwd_workspace,
+    workspace=triton_impl and triton_impl.nf4_linear_bwd_workspace,
 )
 
 

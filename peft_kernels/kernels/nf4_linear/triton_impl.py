@@ -8,7 +8,7 @@ from torch import Tensor
 from .._shared import nf4
 from .._shared.launch import Plan, arch_of, cdiv, launch
 from . import reference
-from .configs import Rows, chunk_lines, pick_rows
+from .configs import Rows, chunk_columns, chunk_lines, pick_rows
 from .triton_rows import _nf4_rows_kernel, _nf4_sum_kernel
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -127,7 +127,7 @@ def nf4_linear_bwd(
     reference.check_backward(dy, *tensors, addend, quant_type, blocksize, K)
     dy, N = _for_blas(dy), dy.shape[1]
     dx = dy.new_empty(dy.shape[0], K)
-    lines = _columns(N, K, dy.dtype)
+    lines = chunk_columns(N, K, dy.dtype)
     buffer = dy.new_empty(N * lines)
     for first in range(0, K, lines):
         last = min(first + lines, K)
@@ -136,11 +136,6 @@ def nf4_linear_bwd(
         added = None if addend is None else addend[:, first:last]
         _multiply(dy, values.view(N, -1), added, dx[:, first:last])
     return dx
-
-
-def _columns(N: int, K: int, dtype: torch.dtype) -> int:
-    """Columns of the weight that dx is made of at a time: all where a row's groups of 8 are not those of memory."""
-    return chunk_lines(K, N, dtype) if K % 8 == 0 else K
 
 
 def nf4_linear_fwd_workspace(
@@ -171,4 +166,4 @@ def nf4_linear_bwd_workspace(
     M, N = dy.shape
     if dy.dtype not in _DTYPES or 0 in (M, N, K):
         return 0
-    return N * _columns(N, K, dy.dtype) * dy.element_size() + _copied_bytes(dy)
+    return N * chunk_columns(N, K, dy.dtype) * dy.element_size() + _copied_bytes(dy)
