@@ -6,6 +6,7 @@ lanes, which an H100 has no time for while it writes 16-bit weights at its bandw
 level * scale in fp32, rounded once: the bits of formats.nf4_values.dequantize.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -127,19 +128,21 @@ def _plan(rows: int, cols: int, dtype: torch.dtype, quant_type: str, blocksize: 
     return Plan(grid, constants | UNFUSED, tile.num_warps, 1)
 
 
-def weight_inputs(tensors: tuple) -> tuple[Tensor, ...]:
+def weight_inputs(weight: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """NF4Weight.tensors() as kernels take them: absmax stands in for what is not there."""
-    packed, absmax, *nested = tensors
+    packed, absmax, *nested = weight
     return packed, absmax, *(absmax if tensor is None else tensor for tensor in nested)
 
 
-def dequantize(tensors: tuple, quant_type: str, blocksize: int, out: Tensor, start: int = 0, pitch: int = 0) -> Tensor:
+def dequantize(
+    weight: Sequence[Tensor | None], quant_type: str, blocksize: int, out: Tensor, start: int = 0, pitch: int = 0
+) -> Tensor:
     """out [rows, cols], contiguous, of at least one element: row r is the weight's elements from start + r * pitch on.
 
     `start` is even; for more than one row start, pitch and cols are multiples of 8. Returns out.
     """
     rows, cols = out.shape
-    plan = _plan(rows, cols, out.dtype, quant_type, blocksize, tensors[2] is not None)
+    plan = _plan(rows, cols, out.dtype, quant_type, blocksize, weight[2] is not None)
     scalars = (start // 2, pitch // 2, rows, cols, cols if rows > 1 else 0)
-    launch(_dequantize_kernel, plan, weight_inputs(tensors), (out,), scalars)
+    launch(_dequantize_kernel, plan, weight_inputs(weight), (out,), scalars)
     return out

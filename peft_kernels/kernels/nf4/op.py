@@ -29,11 +29,9 @@ def _scales_fake(absmax: Tensor, nested_code: Tensor) -> tuple[Tensor, Tensor, T
     return absmax.new_empty(blocks, dtype=torch.uint8), absmax.new_empty(-(-blocks // 256)), absmax.new_empty(1)
 
 
-def _dequantize_fake(
-    packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, numel, dtype
-) -> Tensor:
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    reference.check_dequantize(*tensors, quant_type, blocksize, numel, dtype)
+def _dequantize_fake(packed, *args) -> Tensor:
+    reference.check_dequantize(packed, *args)
+    *_, numel, dtype = args
     return packed.new_empty(numel, dtype=dtype)
 
 

@@ -38,10 +38,10 @@ def nf4_quantize_scales(absmax: Tensor, nested_code: Tensor) -> tuple[Tensor, Te
     return nf4_values.encode_scales(absmax, nested_code)
 
 
-def check_dequantize(packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, numel, dtype):
+def check_dequantize(*args) -> None:
     """Raise ValueError unless the arguments of nf4_dequantize fit."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    check_tensors("nf4_dequantize", *tensors, quant_type, blocksize, numel)
+    *weight, dtype = args
+    check_tensors("nf4_dequantize", *weight)
     if dtype not in (*_WEIGHTS, torch.float64):
         raise ValueError(f"nf4_dequantize: dtype is {dtype}; expected float16, bfloat16, float32 or float64")
 

@@ -136,21 +136,11 @@ def nf4_quantize_scales(absmax: Tensor, nested_code: Tensor) -> tuple[Tensor, Te
     return codes, nested_absmax, offset
 
 
-def nf4_dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    numel: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def nf4_dequantize(*args) -> Tensor:
     """Arguments and result of reference.nf4_dequantize, which float64 and empty weights run on any device."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    *weight, quant_type, blocksize, numel, dtype = args
     if dtype not in _DTYPES or numel == 0:
-        return reference.nf4_dequantize(*tensors, quant_type, blocksize, numel, dtype)
-    reference.check_dequantize(*tensors, quant_type, blocksize, numel, dtype)
-    out = packed.new_empty((1, numel), dtype=dtype)
-    return nf4.dequantize(tensors, quant_type, blocksize, out).view(numel)
+        return reference.nf4_dequantize(*args)
+    reference.check_dequantize(*args)
+    out = weight[0].new_empty((1, numel), dtype=dtype)
+    return nf4.dequantize(weight, quant_type, blocksize, out).view(numel)

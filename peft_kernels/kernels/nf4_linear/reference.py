@@ -9,6 +9,8 @@ The addend, of the result's shape and dtype, is added before the one rounding: t
 branch over in it, which added to a 16-bit base afterwards would mostly round away.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,11 @@ from ...formats.nf4 import check_tensors
 _NAME = "nf4_linear"
 
 
-def _check(matrix: Tensor, name: str, tensors: tuple, quant_type: str, blocksize: int, other: int) -> None:
+def _check(matrix: Tensor, name: str, weight: Sequence, quant_type: str, blocksize: int, other: int) -> None:
     """Raise ValueError unless the rows of `matrix` fit a weight of its columns times `other`."""
     if matrix.dim() != 2 or not matrix.is_floating_point():
         raise ValueError(f"{_NAME}: {name} is {matrix.dtype} {list(matrix.shape)}; expected a floating matrix")
-    check_tensors(_NAME, *tensors, quant_type, blocksize, matrix.shape[1] * other)
+    check_tensors(_NAME, *weight, quant_type, blocksize, matrix.shape[1] * other)
 
 
 def _check_addend(addend: Tensor | None, like: Tensor, columns: int) -> None:
@@ -33,23 +35,19 @@ def _check_addend(addend: Tensor | None, like: Tensor, columns: int) -> None:
         )
 
 
-def check_forward(
-    x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, addend, quant_type, blocksize, N
-) -> None:
+def check_forward(x: Tensor, *args) -> None:
     """Raise ValueError unless the arguments of nf4_linear_fwd fit."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    _check(x, "x", tensors, quant_type, blocksize, N)
+    *weight, bias, addend, quant_type, blocksize, N = args
+    _check(x, "x", weight, quant_type, blocksize, N)
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"{_NAME}: bias has shape {list(bias.shape)}; expected [{N}]")
     _check_addend(addend, x, N)
 
 
-def check_backward(
-    dy, packed, absmax, nested_absmax, nested_code, nested_offset, addend, quant_type, blocksize, K
-) -> None:
+def check_backward(dy: Tensor, *args) -> None:
     """Raise ValueError unless the arguments of nf4_linear_bwd fit."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
-    _check(dy, "dy", tensors, quant_type, blocksize, K)
+    *weight, addend, quant_type, blocksize, K = args
+    _check(dy, "dy", weight, quant_type, blocksize, K)
     _check_addend(addend, dy, K)
 
 

@@ -31,7 +31,7 @@ def _sum_plan(M: int, N: int, bias: bool, addend: bool, *_dtypes: torch.dtype) -
 
 
 def _few_rows(
-    x: Tensor, tensors: tuple, bias: Tensor | None, addend: Tensor | None, settings: tuple, y: Tensor, rows: Rows
+    x: Tensor, weight: list, bias: Tensor | None, addend: Tensor | None, settings: tuple, y: Tensor, rows: Rows
 ) -> Tensor:
     (M, K), N = x.shape, y.shape[1]
     parts = cdiv(K, rows.span)
@@ -43,7 +43,7 @@ def _few_rows(
     out = x.new_empty((parts, M, N), dtype=torch.float32) if split else y
     plan = _rows_plan(N, K, rows, settings, *(not split and there for there in beside), x.dtype, *dtypes)
     scalars = (M, N, K // 2, *x.stride(), *strides, rows.span // 2)
-    launch(_nf4_rows_kernel, plan, (x, *nf4.weight_inputs(tensors), *epilogue), (out,), scalars)
+    launch(_nf4_rows_kernel, plan, (x, *nf4.weight_inputs(weight), *epilogue), (out,), scalars)
     if split:
         plan = _sum_plan(M, N, *beside, x.dtype, *dtypes)
         launch(_nf4_sum_kernel, plan, (out, *epilogue), (y,), (parts, M, N, *strides))
@@ -70,31 +70,18 @@ def _multiply(left: Tensor, right: Tensor, added: Tensor | None, out: Tensor) ->
         torch.addmm(added, left, right, out=out)
 
 
-def nf4_linear_fwd(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    N: int,
-) -> Tensor:
+def nf4_linear_fwd(x: Tensor, *args) -> Tensor:
     """Arguments and result of reference.nf4_linear_fwd, which float64 and empty matrices run on any device."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    *weight, bias, addend, quant_type, blocksize, N = args
     if x.dtype not in _DTYPES or x.numel() == 0 or N == 0:
-        return reference.nf4_linear_fwd(x, *tensors, bias, addend, quant_type, blocksize, N)
-    reference.check_forward(x, *tensors, bias, addend, quant_type, blocksize, N)
+        return reference.nf4_linear_fwd(x, *args)
+    reference.check_forward(x, *args)
     M, K = x.shape
     y = x.new_empty(M, N)
     rows = pick_rows(M, N, K, blocksize, x.dtype, arch_of(x.device))
     if rows is not None:
         bias = None if bias is None else bias.contiguous()
-        settings = quant_type, blocksize, nested_absmax is not None
-        return _few_rows(x, tensors, bias, addend, settings, y, rows)
+        return _few_rows(x, weight, bias, addend, (quant_type, blocksize, weight[2] is not None), y, rows)
     x, bias = _for_blas(x), None if bias is None else bias.to(x.dtype)
     if addend is not None and bias is not None:
         bias, addend = None, torch.add(addend, bias, out=y)  # rounded, as the reference does
@@ -102,29 +89,18 @@ def nf4_linear_fwd(
     buffer = x.new_empty(lines * K)
     for first in range(0, N, lines):
         last = min(first + lines, N)
-        values = nf4.dequantize(tensors, quant_type, blocksize, buffer[: (last - first) * K].view(1, -1), first * K)
+        values = nf4.dequantize(weight, quant_type, blocksize, buffer[: (last - first) * K].view(1, -1), first * K)
         added = bias[first:last] if bias is not None else None if addend is None else addend[:, first:last]
         _multiply(x, values.view(-1, K).t(), added, y[:, first:last])
     return y
 
 
-def nf4_linear_bwd(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    addend: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    K: int,
-) -> Tensor:
+def nf4_linear_bwd(dy: Tensor, *args) -> Tensor:
     """Arguments and result of reference.nf4_linear_bwd, which float64 and empty matrices run on any device."""
-    tensors = packed, absmax, nested_absmax, nested_code, nested_offset
+    *weight, addend, quant_type, blocksize, K = args
     if dy.dtype not in _DTYPES or dy.numel() == 0 or K == 0:
-        return reference.nf4_linear_bwd(dy, *tensors, addend, quant_type, blocksize, K)
-    reference.check_backward(dy, *tensors, addend, quant_type, blocksize, K)
+        return reference.nf4_linear_bwd(dy, *args)
+    reference.check_backward(dy, *args)
     dy, N = _for_blas(dy), dy.shape[1]
     dx = dy.new_empty(dy.shape[0], K)
     lines = chunk_columns(N, K, dy.dtype)
@@ -132,16 +108,15 @@ def nf4_linear_bwd(
     for first in range(0, K, lines):
         last = min(first + lines, K)
         values = buffer[: N * (last - first)].view(1 if lines == K else N, -1)
-        nf4.dequantize(tensors, quant_type, blocksize, values, first, K)
+        nf4.dequantize(weight, quant_type, blocksize, values, first, K)
         added = None if addend is None else addend[:, first:last]
         _multiply(dy, values.view(N, -1), added, dx[:, first:last])
     return dx
 
 
-def nf4_linear_fwd_workspace(
-    x, packed, absmax, nested_absmax, nested_code, nested_offset, bias, addend, quant_type, blocksize, N
-) -> int:
+def nf4_linear_fwd_workspace(x: Tensor, *args) -> int:
     """Most bytes of temporaries that nf4_linear_fwd holds at a time, from shapes, strides and dtypes only."""
+    *_, bias, _, _, blocksize, N = args
     M, K = x.shape
     if x.dtype not in _DTYPES or 0 in (M, N, K):
         return 0
@@ -159,11 +134,9 @@ def _bias_copy(bias: Tensor, dtype: torch.dtype) -> int:
     return 0 if bias.is_contiguous() else bias.numel() * dtype.itemsize
 
 
-def nf4_linear_bwd_workspace(
-    dy, packed, absmax, nested_absmax, nested_code, nested_offset, addend, quant_type, blocksize, K
-) -> int:
+def nf4_linear_bwd_workspace(dy: Tensor, *args) -> int:
     """Most bytes of temporaries that nf4_linear_bwd holds at a time, from shapes, strides and dtypes only."""
-    M, N = dy.shape
+    (M, N), K = dy.shape, args[-1]
     if dy.dtype not in _DTYPES or 0 in (M, N, K):
         return 0
     return N * chunk_columns(N, K, dy.dtype) * dy.element_size() + _copied_bytes(dy)
