@@ -73,6 +73,13 @@ def encode_json(stored: Stored, padded: bool = False) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
+def unpadded(key: str, tensor: Tensor) -> Tensor:
+    """A state_dict's tensor as bitsandbytes writes it: its text without the spaces that `encode_json` may add."""
+    if STATE not in key:
+        return tensor
+    return torch.frombuffer(bytearray(bytes(tensor.tolist()).rstrip()), dtype=torch.uint8)
+
+
 def to_state(stored: Stored, padded: bool = False) -> dict[str, Tensor]:
     """Name behind the weight's -> tensor, in bitsandbytes' order.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..formats.nf4 import check_asked
-from ..formats.nf4_state import from_state
+from ..formats.nf4_state import from_state, unpadded
 from ..methods.adapters import fused_layers, trainable_copies
 from ..methods.hf_config import describe_four_bits, four_bit_layers, quantization_config
 from ..methods.quantise import check_weights
@@ -146,7 +146,7 @@ def _contents(model: nn.Module) -> dict[str, Tensor]:
         if key.startswith((*adapters, *again)) or (tensor.numel() and place in seen):
             continue
         seen.add(place)
-        contents[key] = tensor.detach()
+        contents[key] = unpadded(key, tensor.detach())
     return contents
 
 
