@@ -8,13 +8,11 @@
 #pragma once
 
 #include "../common/low_rank_cpu.h"
-#include "../common/nf4_cpu.h"
+#include "scales_cpu.h"
 
 #if defined(__AVX2__)
 namespace peft_kernels {
 namespace PK_ISA {
-
-constexpr int64_t kDotChunk = 64;  // elements of a row of W decoded at a time
 
 #if defined(__AVX512F__)
 // Four sums of sixteen lanes each.
@@ -35,14 +33,15 @@ static inline float sum_lanes(__m256 v) {
 #endif
 
 // Each decodes a unit of two vectors, of its even and of its odd elements. Tiles are up to `height` rows of x by `rows` rows of
-// W, or up to `tall` by `tall_rows`, where W is decoded on the way, and `strip_height` by `strip_rows` where it lies decoded: as
-// many sums as there are registers. `run` chunks are one chain of sums, and what is in the first cache meanwhile.
+// W, or up to `tall` by `tall_rows`, where W is decoded on the way, and up to `strip_height` by `strip_rows` where it lies
+// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, and what is in the first
+// cache meanwhile.
 #if defined(__AVX512BF16__)
 // bf16: 32 lanes, two to a sum.
 struct DotBf16 {
   using X = bf16;
   using Vector = __m512i;
-  static constexpr int lanes = 32, height = 6, rows = 4, tall = 8, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 32;
+  static constexpr int lanes = 32, height = 6, rows = 4, tall = 7, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 32;
   __m512 levels;
   explicit DotBf16(const float* level) : levels(_mm512_loadu_ps(level)) {}
   void decode(const uint8_t* packed, float scale, Vector* v) const {
@@ -52,18 +51,8 @@ struct DotBf16 {
     v[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
     v[1] = _mm512_permutexvar_epi16(words, table);
   }
-  // The same in the elements' own order.
-  void decode_plain(const uint8_t* packed, float scale, bf16* out) const {
-    const __m512 values = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
-    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    PK_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * h)));
-      const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-      _mm512_storeu_si512(out + 32 * h, _mm512_permutexvar_epi16(index, table));
-    }
-  }
   static Vector load(const X* p) { return _mm512_loadu_si512(p); }
+  static void store(X* p, Vector v) { _mm512_storeu_si512(p, v); }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
   static __m512 zero() { return _mm512_setzero_ps(); }
 };
@@ -73,7 +62,7 @@ struct DotBf16 {
 struct DotFloat {
   using X = float;
   using Vector = __m512;
-  static constexpr int lanes = 16, height = 6, rows = 4, tall = 8, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 16;
+  static constexpr int lanes = 16, height = 6, rows = 4, tall = 7, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 16;
   __m512 levels;
   explicit DotFloat(const float* level) : levels(_mm512_loadu_ps(level)) {}
   void decode(const uint8_t* packed, float scale, Vector* v) const {
@@ -83,6 +72,7 @@ struct DotFloat {
     v[1] = _mm512_permutexvar_ps(words, table);
   }
   static Vector load(const X* p) { return _mm512_loadu_ps(p); }
+  static void store(X* p, Vector v) { _mm512_storeu_ps(p, v); }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_fmadd_ps(w, x, acc); }
   static __m512 zero() { return _mm512_setzero_ps(); }
 };
@@ -105,6 +95,7 @@ struct DotFloat {
     v[1] = look_up(below, above, words);
   }
   static Vector load(const X* p) { return _mm256_loadu_ps(p); }
+  static void store(X* p, Vector v) { _mm256_storeu_ps(p, v); }
   static __m256 madd(__m256 acc, Vector w, Vector x) { return _mm256_fmadd_ps(w, x, acc); }
   static __m256 zero() { return _mm256_setzero_ps(); }
 };
@@ -143,21 +134,9 @@ struct PackedRows {
   }
 };
 
-// Rows of W that lie decoded, `ld` apart.
-template <class F>
-struct StripRows {
-  const typename F::X* data;
-  int64_t ld;
-  template <int R>
-  void get(int r, int64_t u, typename F::Vector* v) const {
-    v[0] = F::load(data + r * ld + 2 * u * F::lanes);
-    v[1] = F::load(data + r * ld + (2 * u + 1) * F::lanes);
-  }
-};
-
 // sums[m * sums_ld + n] += x[m] . W[n] over `chunks` chunks, for H rows of x (x_ld apart) and R of W.
 template <class F, int H, int R, class Source>
-static inline void dot_tile(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld, float* sums,
+__attribute__((noinline)) static void dot_tile(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld, float* sums,
                             int64_t sums_ld) {
   // With few tiles one chain each would wait for itself: several, over vectors and chunks.
   constexpr int chains = H * R >= 8 ? 1 : H * R >= 4 ? 2 : H * R >= 2 ? 4 : 8;

@@ -5,9 +5,12 @@
 
 namespace peft_kernels {
 
-// Up to so many rows of x W is decoded on the way, for every group of them; from there on once for all, which costs as much as
-// the products of about 20 rows in bf16. Measured at N = K = 4096 on two cores (Zen 5): level at 24 to 30 rows in bf16, and at
-// 40 to 60 in fp32, whose products take twice as long and whose decoded rows fill twice the cache.
-constexpr int64_t kPackedRowsDot = 24, kPackedRowsFma = 48;
+// Up to so many rows of x, those of one tile, W is decoded on the way; from there on first. Measured at N = K = 4096 on two
+// cores (Zen 5): W decoded first takes 1.1 times as long at 7 rows, and 0.93 at 8.
+constexpr int64_t kPackedRows = 7;
+
+// Packed x of up to so many bytes streams past strips of one tile; more of it is read once for a whole stripe. In bf16 the
+// former is 6 % faster at 32 rows and 5 % at 96, in fp32 5 % slower at 64, where x alone fills the second cache.
+constexpr int64_t kShortStripBytes = int64_t{768} << 10;
 
 }  // namespace peft_kernels
