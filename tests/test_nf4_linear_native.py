@@ -57,10 +57,23 @@ def test_edges(isa, threads, dtype):
         checks.check_forward(RUNS, replace(case, blocksize=256, quant_type="fp4"))
 
 
+# Of one or two rows of x: W in four streams of a thread's rows, up to 512 at a time, and 64 chunks to a chain of sums.
+STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032), (10, 4160), (6, 8256))]
+STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_streams(isa, threads, dtype):
+    for size in STREAMS:
+        case = Case(*size, dtype, nested=size[1] % 2 == 0, bias=dtype, addend=size[0] == 2)
+        checks.check_forward(RUNS, case)
+        checks.check_forward(RUNS, replace(case, blocksize=1024, quant_type="fp4", layout="rows"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
-    for size in ((1, 67, 192), (5, 130, 256), (70, 130, 77)):
+    for size in ((1, 67, 192), (5, 130, 256), (70, 130, 77), (2, 1100, 2240)):
         data, before = inputs(Case(*size, dtype)), torch.get_num_threads()
         found = []
         for threads in (1, 2, 3):

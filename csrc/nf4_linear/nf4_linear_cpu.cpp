@@ -4,6 +4,7 @@
 #include "../common/gemm_cpu.h"
 #include "finish_cpu.h"
 #include "forward_cpu.h"
+#include "gemv_cpu.h"
 #include "panels_cpu.h"
 
 namespace peft_kernels {
@@ -38,7 +39,8 @@ static void by_panels(const Nf4Linear& f, bool transposed) {
 template <class K>
 static void forward(const Nf4Linear& f) {
 #if defined(__AVX2__)
-  if constexpr (sizeof(typename K::Acc) == sizeof(float)) return by_stripes<K>(f);
+  if constexpr (sizeof(typename K::Acc) == sizeof(float))
+    return in_chunks(f) && f.M <= kGemvRows ? by_gemv<K>(f) : by_stripes<K>(f);
 #endif
   by_panels<K>(f, true);
 }

@@ -1,0 +1,172 @@
+// y = x @ W.T + bias + addend for 1 or 2 rows of x, as fast as the bytes of W come from memory. Compiled once per instruction
+// set.
+//
+// A thread cuts its rows of W into parts and takes a row of each at a time, chunk by chunk (dot_cpu.h): several streams of bytes
+// are on their way at once, the chains of sums of several rows hide each other's latency, and a vector of x is loaded once for
+// all of them. However the rows are cut, each one's sum is made in the same order.
+#pragma once
+
+#include "dot_cpu.h"
+#include "finish_cpu.h"
+#include "plan_cpu.h"
+
+#if defined(__AVX2__)
+namespace peft_kernels {
+namespace PK_ISA {
+
+constexpr int64_t kGemvBlock = 512;   // rows of W whose sums are finished together
+constexpr int64_t kGemvRun = 64;      // chunks in a chain of sums, and of which scales are made at a time
+constexpr int64_t kGemvAhead = 8192;  // bytes fetched ahead, of all streams together
+
+// Streams of rows of W for H rows of x, and chains of sums for each pair of rows: what the registers hold.
+template <int H>
+struct GemvShape {
+  static constexpr int streams = PK_VECTOR_BYTES == 64 ? 4 : H == 1 ? 2 : 1, chains = H == 1 ? 4 : 2;
+};
+
+template <class K>
+class Gemv {
+  using F = typename DotOf<K>::type;
+  using X = typename F::X;
+  using Acc = decltype(F::zero());
+  static constexpr int units_ = kDotChunk / (2 * F::lanes);  // of a chunk
+  static constexpr int64_t most_streams_ = 4;
+
+  const Nf4Linear f_;
+  int64_t chunks_;
+  X *x_, *row_;
+  float *sums_, *scales_;
+
+ public:
+  Gemv(Arena& arena, const Nf4Linear& f)
+      : f_(f),
+        chunks_(f.K / kDotChunk),
+        x_(arena.take<X>(f.threads * f.M * f.K)),
+        row_(arena.take<X>(f.threads * f.K)),
+        sums_(arena.take<float>(f.threads * f.M * kGemvBlock)),
+        scales_(arena.take<float>(f.threads * 2 * most_streams_ * kGemvRun)) {}
+
+  // By every thread of a team, each one part of W from end to end.
+  void run() const {
+    const int id = thread_id();
+    const int64_t size = ceil_div(f_.N, team_size()), end = min64(f_.N, (id + 1) * size);
+    if (id * size >= end) return;
+    X* x = x_ + id * f_.M * f_.K;
+    for (int64_t m = 0; m < f_.M; ++m) {  // every thread for itself: less work than waiting for another
+      convert(row_ + id * f_.K, static_cast<const typename K::Store*>(f_.left.data) + m * f_.left.row, f_.K);
+      order_for_codes<F>(x + m * f_.K, row_ + id * f_.K, f_.K);
+    }
+    for (int64_t n = id * size; n < end; n += kGemvBlock) block<kGemvRows>(n, min64(kGemvBlock, end - n), x, id);
+  }
+
+ private:
+  template <int H>
+  void block(int64_t n, int64_t count, const X* x, int id) const {
+    if constexpr (H > 1)
+      if (f_.M < H) return block<H - 1>(n, count, x, id);
+    constexpr int S = GemvShape<H>::streams;
+    float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * kGemvRun;
+    const int64_t part = count / S;
+    rows<H, S>(n, part, x, sums, scales);
+    rows<H, 1>(n + S * part, count - S * part, x, sums + S * part, scales);
+    for (int64_t m = 0; m < H; ++m)
+      for (int64_t j = 0; j < count; j += 64)
+        nf4_finish<K>(f_, sums + m * kGemvBlock + j, m, n + j, min64(64, count - j), f_.N);
+  }
+
+  // sums[h * kGemvBlock + j] = x[h] . W[n + j] for S times `part` rows of W.
+  template <int H, int S>
+  void rows(int64_t n, int64_t part, const X* x, float* sums, float* made) const {
+    const F f(nf4_levels(f_.weight));
+    const bool has_scales = has_chunk_scales(f_.weight);
+    int64_t at[S];  // a stream's place, in chunks
+    PK_UNROLL
+    for (int s = 0; s < S; ++s) at[s] = (n + s * part) * chunks_;
+    const auto make = [&](int s, int64_t first, int64_t count, int64_t turn) {
+      make_chunk_scales(f_.weight, first, count, made + (turn % 2 * S + s) * kGemvRun);
+    };
+    for (int s = 0; s < S && part > 0 && !has_scales; ++s) make(s, at[s], min64(kGemvRun, chunks_), 0);
+    int64_t turn = 0;
+    for (int64_t j = 0; j < part; ++j) {
+      for (int64_t c = 0; c < chunks_; c += kGemvRun, ++turn) {
+        const int64_t here = min64(kGemvRun, chunks_ - c), left = chunks_ - c - here;
+        const int64_t next = left > 0 ? left : j + 1 < part ? chunks_ : 0;  // what is left of this row, or a row
+        const uint8_t* packed[S];
+        const float* scales[S];
+        PK_UNROLL
+        for (int s = 0; s < S; ++s) {
+          packed[s] = f_.weight.packed + at[s] * (kDotChunk / 2);
+          scales[s] = has_scales ? f_.weight.absmax + at[s] : made + (turn % 2 * S + s) * kGemvRun;
+          at[s] += here;
+          if (!has_scales) make(s, at[s], min64(kGemvRun, next), turn + 1);  // made at their use they would be waited for
+        }
+        run_of<H, S>(f, packed, scales, here, x + c * kDotChunk, sums + j, part, c == 0);
+      }
+    }
+  }
+
+  // One chain of sums for each row of x and each stream.
+  template <int H, int S>
+  void run_of(const F& f, const uint8_t* const (&packed)[S], const float* const (&scales)[S], int64_t chunks, const X* x,
+              float* sums, int64_t part, bool first) const {
+    constexpr int C = GemvShape<H>::chains;
+    Acc acc[S][H][C];
+    PK_UNROLL
+    for (int i = 0; i < S * H * C; ++i) (&acc[0][0][0])[i] = F::zero();
+    const auto chunk = [&](int64_t c, int chain) {
+      PK_UNROLL
+      for (int u = 0; u < units_; ++u) {
+        typename F::Vector v[S][2];
+        PK_UNROLL
+        for (int s = 0; s < S; ++s) f.decode(packed[s] + c * (kDotChunk / 2) + u * F::lanes, scales[s][c], v[s]);
+        PK_UNROLL
+        for (int h = 0; h < H; ++h) {
+          PK_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const typename F::Vector at = F::load(x + h * f_.K + c * kDotChunk + (2 * u + i) * F::lanes);
+            PK_UNROLL
+            for (int s = 0; s < S; ++s) {
+              Acc& one = acc[s][h][(chain + 2 * u + i) % C];
+              one = F::madd(one, v[s][i], at);
+            }
+          }
+        }
+      }
+    };
+    int64_t c = 0;
+    for (; c + 2 <= chunks; c += 2) {
+      PK_UNROLL
+      for (int s = 0; s < S; ++s) __builtin_prefetch(packed[s] + c * (kDotChunk / 2) + kGemvAhead / S);
+      chunk(c, 0), chunk(c + 1, 2);
+    }
+    if (c < chunks) chunk(c, 0);
+    PK_UNROLL
+    for (int h = 0; h < H; ++h) {
+      PK_UNROLL
+      for (int s = 0; s < S; ++s) {
+        PK_UNROLL
+        for (int i = 1; i < C; ++i) acc[s][h][0] = acc[s][h][0] + acc[s][h][i];
+        float& to = sums[h * kGemvBlock + s * part];
+        to = first ? sum_lanes(acc[s][h][0]) : to + sum_lanes(acc[s][h][0]);
+      }
+    }
+  }
+};
+
+template <class K>
+static void by_gemv(const Nf4Linear& f) {
+  Arena size{nullptr};
+  Gemv<K>(size, f);
+  Workspace space(size.used);
+  Arena arena{static_cast<char*>(space.memory)};
+  const Gemv<K> shared(arena, f);
+#pragma omp parallel num_threads(f.threads)
+  {
+    const Gemv<K> own = shared;  // on each thread's own stack: another's is written to meanwhile
+    own.run();
+  }
+}
+
+}  // namespace PK_ISA
+}  // namespace peft_kernels
+#endif
