@@ -61,6 +61,11 @@ def test_edges(isa, threads, dtype):
 STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032), (10, 4160), (6, 8256))]
 STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
 
+# A few rows of dy: rows of W by 16, whose sums join a total every 1024; columns by 2048 or a share of them; rows
+# of dy by 4 and 8, up to 32 or 48 of them.
+DOWN = [(M, N, K) for M in (1, 4, 5, 8) for N, K in ((0, 64), (1, 128), (15, 192), (16, 64), (17, 320), (33, 4160))]
+DOWN += [(M, 1041, 128) for M in (1, 2, 3)] + [(M, 18, 192) for M in (9, 16, 31, 32, 33, 47, 48, 49)] + [(1, 2063, 64)]
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_streams(isa, threads, dtype):
@@ -68,6 +73,14 @@ def test_streams(isa, threads, dtype):
         case = Case(*size, dtype, nested=size[1] % 2 == 0, bias=dtype, addend=size[0] == 2)
         checks.check_forward(RUNS, case)
         checks.check_forward(RUNS, replace(case, blocksize=1024, quant_type="fp4", layout="rows"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_down_the_rows(isa, threads, dtype):
+    for size in DOWN:
+        case = Case(*size, dtype, nested=size[1] % 2 == 0, addend=size[0] % 2 == 0)
+        checks.check_backward(RUNS, case)
+        checks.check_backward(RUNS, replace(case, blocksize=1024, quant_type="fp4", layout="rows"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 #include "nf4_linear.h"
 
 #include "../common/gemm_cpu.h"
+#include "few_rows_bwd_cpu.h"
 #include "finish_cpu.h"
 #include "forward_cpu.h"
 #include "gemv_cpu.h"
@@ -47,6 +48,10 @@ static void forward(const Nf4Linear& f) {
 
 template <class K>
 static void backward(const Nf4Linear& f) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(typename K::Acc) == sizeof(float))
+    if (in_chunks(f) && f.M <= (K::pair == 2 ? kFewRowsDot : kFewRowsFma)) return by_few_rows<K>(f);
+#endif
   by_panels<K>(f, false);
 }
 
