@@ -63,14 +63,21 @@ struct Nf4Table<float> {
   }
 };
 
+// As put() rounds them, but left in a register: from memory the table would come back late.
+static inline __m256i words_of(f16, __m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline __m256i words_of(bf16, __m512 v) {
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000)), 16));
+}
+
 template <class T>
 struct Nf4Words {
   static constexpr int64_t step = 32;
   __m512i value;
   Nf4Words(const float* level, float scale) {
-    T words[16];
-    put(words, load(level) * scale, Way::cached);
-    value = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)));
+    value = _mm512_broadcast_i64x4(words_of(T{}, (__m512)(load(level) * scale)));
   }
   void look_up(const uint8_t* packed, T* out, Way way) const {
     const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));

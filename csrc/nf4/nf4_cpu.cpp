@@ -23,10 +23,15 @@ void in_chunks(int threads, int64_t numel, Run run) {
 template <Way way, class T>
 void dequantize_by(const Nf4Dequantize& f) {
   T* out = static_cast<T*>(f.out);
-  in_chunks(f.threads, f.weight.numel, [&](int64_t first, int64_t count) {
-    nf4_decode<way>(f.weight, first, count, out + first);
+  const int team = team_for(f.threads, f.weight.numel);
+  // Each thread one range from end to end: taken in turns, ranges of 256 KB cost a fifth more, as memory goes back and forth.
+  const int64_t each = round_up(ceil_div(f.weight.numel, team), kChunk);
+#pragma omp parallel for schedule(static, 1) num_threads(team)
+  for (int thread = 0; thread < team; ++thread) {
+    const int64_t first = thread * each, count = min64(each, f.weight.numel - first);
+    if (count > 0) nf4_decode<way>(f.weight, first, count, out + first);
     close(way);
-  });
+  }
 }
 
 template <class T>
