@@ -34,8 +34,8 @@ static inline float sum_lanes(__m256 v) {
 
 // Each decodes a unit of two vectors, of its even and of its odd elements. Tiles are up to `height` rows of x by `rows` rows of
 // W, or up to `tall` by `tall_rows`, where W is decoded on the way, and up to `strip_height` by `strip_rows` where it lies
-// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, and what is in the first
-// cache meanwhile.
+// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, and what is in the
+// first cache meanwhile.
 #if defined(__AVX512BF16__)
 // bf16: 32 lanes, two to a sum.
 struct DotBf16 {
@@ -53,6 +53,15 @@ struct DotBf16 {
   }
   static Vector load(const X* p) { return _mm512_loadu_si512(p); }
   static void store(X* p, Vector v) { _mm512_storeu_si512(p, v); }
+  // The even and the odd elements of two vectors in memory.
+  static void split(const X* p, Vector* v) {
+    uint16_t order[lanes];
+    PK_UNROLL
+    for (int i = 0; i < lanes; ++i) order[i] = static_cast<uint16_t>(2 * i);
+    const __m512i evens = _mm512_loadu_si512(order), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+    v[0] = _mm512_permutex2var_epi16(load(p), evens, load(p + lanes));
+    v[1] = _mm512_permutex2var_epi16(load(p), odds, load(p + lanes));
+  }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
   static __m512 zero() { return _mm512_setzero_ps(); }
 };
@@ -73,6 +82,11 @@ struct DotFloat {
   }
   static Vector load(const X* p) { return _mm512_loadu_ps(p); }
   static void store(X* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static void split(const X* p, Vector* v) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    v[0] = _mm512_permutex2var_ps(load(p), evens, load(p + lanes));
+    v[1] = _mm512_permutex2var_ps(load(p), _mm512_add_epi32(evens, _mm512_set1_epi32(1)), load(p + lanes));
+  }
   static __m512 madd(__m512 acc, Vector w, Vector x) { return _mm512_fmadd_ps(w, x, acc); }
   static __m512 zero() { return _mm512_setzero_ps(); }
 };
@@ -96,6 +110,12 @@ struct DotFloat {
   }
   static Vector load(const X* p) { return _mm256_loadu_ps(p); }
   static void store(X* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static void split(const X* p, Vector* v) {
+    const __m256 a = load(p), b = load(p + lanes);
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xDD));
+    v[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8));
+    v[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
+  }
   static __m256 madd(__m256 acc, Vector w, Vector x) { return _mm256_fmadd_ps(w, x, acc); }
   static __m256 zero() { return _mm256_setzero_ps(); }
 };
@@ -136,8 +156,8 @@ struct PackedRows {
 
 // sums[m * sums_ld + n] += x[m] . W[n] over `chunks` chunks, for H rows of x (x_ld apart) and R of W.
 template <class F, int H, int R, class Source>
-__attribute__((noinline)) static void dot_tile(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld, float* sums,
-                            int64_t sums_ld) {
+__attribute__((noinline)) static void dot_tile(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld,
+                                               float* sums, int64_t sums_ld) {
   // With few tiles one chain each would wait for itself: several, over vectors and chunks.
   constexpr int chains = H * R >= 8 ? 1 : H * R >= 4 ? 2 : H * R >= 2 ? 4 : 8;
   constexpr int unroll = chains > 2 ? chains / 2 : 1;

@@ -103,10 +103,16 @@ class ByStrips {
       const int64_t start = group_start(rows, groups, g), height = group_start(rows, groups, g + 1) - start;
       for (int64_t h = 0; h < height; ++h, ++i) {
         if (i % team_size() != id) continue;
-        convert(row, static_cast<const typename K::Store*>(f_.left.data) + (m0 + start + h) * f_.left.row, f_.K);
-        for (int64_t k = f_.K; k < padded; ++k) row[k] = X{};
+        const auto* from = static_cast<const typename K::Store*>(f_.left.data) + (m0 + start + h) * f_.left.row;
+        const X* whole = row;
+        if (sizeof(*from) == sizeof(X) && f_.K == padded) {
+          whole = reinterpret_cast<const X*>(from);
+        } else {
+          convert(row, from, f_.K);
+          for (int64_t k = f_.K; k < padded; ++k) row[k] = X{};
+        }
         for (int64_t c = 0; c < chunks_; c += run_)
-          pack_row<F>(group_at(rows, start, c), height, h, row + c * kDotChunk, min64(run_, chunks_ - c) * kDotChunk);
+          pack_row<F>(group_at(rows, start, c), height, h, whole + c * kDotChunk, min64(run_, chunks_ - c) * kDotChunk);
       }
     }
   }

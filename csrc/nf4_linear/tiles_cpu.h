@@ -99,10 +99,9 @@ static inline void decode_tile(const F& f, const uint8_t* const (&packed)[R], co
 template <class F>
 static void pack_row(typename F::X* group, int64_t H, int64_t h, const typename F::X* row, int64_t K) {
   for (int64_t k = 0; k < K; k += 2 * F::lanes) {
-    typename F::X *even = group + k * H + h * F::lanes, *odd = even + H * F::lanes;
-    const typename F::X* from = row + k;
-    PK_UNROLL
-    for (int i = 0; i < F::lanes; ++i) even[i] = from[2 * i], odd[i] = from[2 * i + 1];
+    typename F::Vector v[2];
+    F::split(row + k, v);
+    F::store(group + k * H + h * F::lanes, v[0]), F::store(group + (k + F::lanes) * H + h * F::lanes, v[1]);
   }
 }
 
