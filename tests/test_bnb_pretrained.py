@@ -67,6 +67,16 @@ def test_layers_left_out_are_left_out_by_transformers(tmp_path):
     assert_same_states(theirs.state_dict(), model.state_dict())
 
 
+def test_a_model_without_an_output_embedding_is_loaded_with_its_head_in_4_bits(tmp_path):
+    """Told of no layer to leave, transformers would leave the last one dense: its guess at an output layer."""
+    config = transformers.LlamaConfig(vocab_size=40, num_hidden_layers=1, num_attention_heads=2, num_labels=32, **SIZES)
+    model = pk.quantize(transformers.LlamaForSequenceClassification(config))
+    model.save_pretrained(tmp_path)
+    theirs = type(model).from_pretrained(tmp_path)
+    assert "score" in small(model) and small(theirs) == small(model)
+    assert_same_states(theirs.state_dict(), model.state_dict())
+
+
 def test_a_base_with_adapters_is_saved_as_the_base_and_they_with_it(tmp_path):
     """As from_pretrained reports: it has no place for them. save_adapter is for them."""
     config = pk.LoraConfig(target_modules=["q_proj"], base="nf4", double_quant=True)

@@ -41,7 +41,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": first.nested_absmax is not None,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": _dense(model) or None,
+        "llm_int8_skip_modules": _dense(model),  # [] too: of None, transformers adds the last layer as an output head
         "llm_int8_threshold": 6.0,
     }
 
