@@ -148,13 +148,17 @@ def _writes_files(rank: int, folder: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(K, K), torch.nn.Linear(K, 1), torch.nn.Linear(1, 1))
     config = pk.LoraConfig(r=R, target_modules=["0"], base="nf4", double_quant=True, init_lora_weights=False)
     pk.inject(model, config)
+    model[1].one, model[1].other = torch.nn.Embedding(5, 2), torch.nn.Embedding(5, 2)
+    model[1].other.weight = model[1].one.weight  # written once
     pk.save_adapter(model, f"{folder}/alone-{rank}/adapter")
     pk.save_quantized(model, f"{folder}/alone-{rank}/base")
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
     with torch.no_grad():
         model(torch.randn(M, K))  # after which the root's Parameters are whole
-    pk.save_adapter(model, f"{folder}/together-{rank}/adapter")
     pk.save_quantized(model, f"{folder}/together-{rank}/base", max_shard_size=10**9)
+    with torch.no_grad():
+        model(torch.randn(M, K))
+    pk.save_adapter(model, f"{folder}/together-{rank}/adapter")
     assert os.path.exists(f"{folder}/together-{rank}") == (rank == 0), "each rank was given another folder"
     for name in ("adapter/adapter_model", "base/model") if rank == 0 else ():
         found, expected = (load_file(f"{folder}/{who}-0/{name}.safetensors") for who in ("together", "alone"))

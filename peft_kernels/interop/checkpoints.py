@@ -22,7 +22,7 @@ from ..nn.nf4_linear import quantised
 from ..nn.nf4_sharded import is_sharded
 from .bitsandbytes import layer_of, replace_layer
 from .checkpoint_plan import CheckpointPlan, matrix_shape
-from .sharding import writes
+from .sharding import reshard, writes
 from .tensor_files import CONFIG, TensorFiles, read_json, write_tensors
 
 
@@ -174,6 +174,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     copies = trainable_copies(model)
     if copies:
         raise ValueError(f"save_quantized: {copies[0][0]} is one of modules_to_save: delete the adapter first")
+    reshard(model)
     contents = _contents(model)
     write_tensors(folder, contents, max_shard_size)
     if not writes(contents.values()):
