@@ -108,6 +108,17 @@ def test_what_is_held_is_what_is_declared(linear, size, layout, monkeypatch):
         assert sum(made) == out.nbytes + WORKSPACE[name](left, *args[1:])
 
 
+@pytest.mark.parametrize("size", [(3, 5, 64), (70, 33, 64)], ids=str)
+def test_calls_inside_autograd(linear, size):
+    """What the bindings call is below it, which would refuse to write into results that are given."""
+    data = inputs(Case(*size, torch.float32, bias=torch.float32))
+    calls = (linear.nf4_linear_fwd, data.fwd_args()), (linear.nf4_linear_bwd, data.bwd_args())
+    want = [function(*args) for function, args in calls]
+    for function, args in calls:
+        args[0].requires_grad_()
+        assert torch.equal(function(*args), want.pop(0))
+
+
 def test_the_linears_wrong_calls(linear):
     """Named, as the reference names them."""
     data = inputs(Case(3, 5, 64, torch.bfloat16, bias=torch.bfloat16, addend=True))
