@@ -138,8 +138,10 @@ def check(runs: Runs, case: Case, device: str = "cpu") -> None:
 def check_sizes(runs: Runs, dtype: torch.dtype, device: str) -> None:
     """Nothing of it a multiple of anything, one of each, none of each; rows that begin in the middle of a byte."""
     sizes = [(37, 53, 71), (1, 65, 129), (2, 1, 1), (5, 3, 2), (67, 130, 257), (3, 70, 65), (1, 7, 1), (50, 64, 128)]
-    for size in sizes + [(0, 5, 7), (3, 0, 7), (3, 5, 0), (0, 0, 0)]:
+    for size in sizes + [(0, 5, 7), (3, 0, 7), (1, 0, 64), (3, 5, 0), (0, 0, 0)]:
         check(runs, Case(*size, dtype), device)
+    for M in (1, 2, 5, 9):  # an empty sum, and what joins it
+        check(runs, Case(M, 67, 0, dtype, bias=dtype, addend=True), device)
 
 
 def check_formats(runs: Runs, dtype: torch.dtype, device: str) -> None:

@@ -10,9 +10,9 @@ namespace PK_ISA {
 
 constexpr int64_t kDotChunk = 64;  // elements of a row of W decoded at a time
 
-// Chunks must begin on bytes and lie in one block each, to be decoded on the way.
+// Chunks must be there, begin on bytes and lie in one block each, to be decoded on the way.
 static inline bool in_chunks(const Nf4Linear& f) {
-  return f.K % kDotChunk == 0 && f.weight.blocksize >= kDotChunk;
+  return f.K > 0 && f.K % kDotChunk == 0 && f.weight.blocksize >= kDotChunk;
 }
 
 #if defined(__AVX512F__)

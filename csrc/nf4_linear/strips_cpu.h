@@ -40,7 +40,7 @@ class ByStrips {
  public:
   ByStrips(Arena& arena, const Nf4Linear& f)
       : f_(f),
-        chunked_(in_chunks(f) && f.K > 0),
+        chunked_(in_chunks(f)),
         chunks_(ceil_div(f.K > 0 ? f.K : 1, kDotChunk)),
         run_(round_up(ceil_div(chunks_, ceil_div(chunks_, F::run)), 2)),
         most_(ceil_div(f.M, ceil_div(f.M, most_rows(chunks_ * kDotChunk * sizeof(X))))),
