@@ -50,8 +50,11 @@ class OnTheWay {
       order_for_codes<F>(x_ + m * x_ld_, row_ + id * f_.K, f_.K);
     }
 #pragma omp barrier
-    // Each thread one part of W from end to end: one stream of bytes.
-    const int64_t size = round_up(ceil_div(f_.N, team_size()), 4), end = min64(f_.N, (id + 1) * size);
+    // Each thread one part of W from end to end: one stream of bytes. Of whole tiles, as every stripe is: a row's sum is made in
+    // another order beside others than alone, and which rows of W are left over may not depend on the number of threads.
+    constexpr int64_t tiles = F::rows * F::tall_rows;
+    static_assert(kPackedStripe % tiles == 0, "a stripe is a whole number of tiles");
+    const int64_t size = round_up(ceil_div(f_.N, team_size()), tiles), end = min64(f_.N, (id + 1) * size);
     for (int64_t n = id * size; n < end; n += kPackedStripe) stripe(n, min64(kPackedStripe, end - n), id);
   }
 
