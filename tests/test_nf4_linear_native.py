@@ -83,6 +83,16 @@ def test_down_the_rows(isa, threads, dtype):
         checks.check_backward(RUNS, replace(case, blocksize=1024, quant_type="fp4", layout="rows"))
 
 
+# Many long rows of x: from 768 KB on a strip is a whole stripe; above 4 MB and 96 rows they go in several passes.
+LONG = [(97, 9, 21_952), (98, 70, 21_953)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows(isa, threads, dtype):
+    for size in LONG:
+        checks.check_forward(RUNS, Case(*size, dtype, nested=size[1] == 9, bias=dtype, addend=True, layout="rows"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
