@@ -5,8 +5,8 @@ bytes in place a product of few rows costs their time. Above, the dequantised we
 bytes an element of traffic against 2 M flops, a tenth of the product at 512 rows on two CPU cores and a quarter on an
 H100 (model), and the LoRA linear's GEMM has the branch inside it.
 
-Measured on two cores of a Zen 5, N = K = 2048, R = 16, forward and backward in ms, in place / dequantised: bf16, M = 128
-3.5 / 4.3, 256 6.3 / 7.3, 512 12.0 / 12.3, 1024 22.8 / 22.6, 2048 45.1 / 43.1; fp32 6.3 / 7.8, 11.7 / 12.9, 22.7 / 23.4,
+Measured on two cores of a Zen 5, N = K = 2048, R = 16, forward and backward in ms, in place / dequantised, M = 128 to
+2048: bf16 3.5 / 4.3, 6.3 / 7.3, 12.0 / 12.3, 22.8 / 22.6, 45.1 / 43.1; fp32 6.3 / 7.8, 11.7 / 12.9, 22.7 / 23.4,
 45.3 / 45.1, 90.5 / 87.7: level from 512 to 1024. On a GPU nothing is measured: from 65 rows on its 4-bit linear
 dequantises too, by chunks, of which a product of 512 rows leaves many multiprocessors idle (model).
 """
