@@ -136,3 +136,23 @@ def test_a_setting_of_transformers_own_is_left():
     pk.quantize(model)
     assert model.config.quantization_config is own
     assert not hasattr(pk.quantize(nn.Sequential(nn.Linear(64, 64))), "config")
+
+
+def test_what_transformers_keeps_in_fp32_stays_dense(tmp_path):
+    """T5's `wo`: its from_pretrained leaves that dense whatever the file says, and would not find its size."""
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+    model = pk.quantize(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)))
+    dense = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in dense} == {"wo", "lm_head"} and small(model)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert small(theirs) == small(model)
+    assert_same_states(theirs.state_dict(), model.state_dict())
+
+
+def test_a_part_of_a_model_quantised_by_hand_is_for_save_quantized(tmp_path):
+    model = plain()
+    pk.quantize(model.model)
+    pk.save_quantized(model, tmp_path)
+    assert settings_of(tmp_path)["llm_int8_skip_modules"] == ["lm_head"]
+    assert_same_states(read(tmp_path).state_dict(), model.state_dict())

@@ -59,10 +59,16 @@ def _outermost(module: nn.Module) -> list[nn.Module]:
     return [model for child in module.children() for model in _outermost(child)]
 
 
+def kept_wide(model: nn.Module) -> set[str]:
+    """Names of modules that the transformers models in here keep in fp32, whatever the rest is in."""
+    return {name for one in _outermost(model) for name in getattr(one, "_keep_in_fp32_modules", None) or ()}
+
+
 def describe_four_bits(model: nn.Module) -> None:
     """Bring config.quantization_config of every transformers model in here up to date; others have none.
 
-    A setting that transformers itself made is left as it is.
+    A setting that transformers itself made is left as it is. The config is the model's own object, as it is where
+    transformers quantises: another model that was built from the same object is saved with that setting too.
     """
     for pretrained in _outermost(model):
         settings = getattr(pretrained.config, "quantization_config", None)

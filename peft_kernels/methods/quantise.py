@@ -15,7 +15,7 @@ from ..nn.hooks import move_hooks
 from ..nn.lora_linear import FusedLoRALinear
 from ..nn.nf4_base import NF4Base
 from ..nn.nf4_linear import NF4Linear
-from .hf_config import describe_four_bits, four_bit_layers
+from .hf_config import describe_four_bits, four_bit_layers, kept_wide
 from .targets import output_head
 from .walk import refuse_peft, replace_modules, uncompiled, walk
 
@@ -44,14 +44,18 @@ def quantisable(model: nn.Module, skipped: Iterable[nn.Module]) -> dict[str, nn.
     """The dense linears outside `skipped` that can go to 4 bits, by name: as bitsandbytes chooses them.
 
     Not the output layer, nor a layer whose weight another kind of module holds too (a tied embedding), nor one that
-    cannot be replaced (see `coverage` for why).
+    cannot be replaced (see `coverage` for why), nor what a transformers model keeps in fp32 (T5's `wo`), which its
+    from_pretrained leaves dense in a file in 4 bits too.
     """
     left = {id(inner) for module in skipped for inner in module.modules()}
     head, bypassed = output_head(model, None), read_by_parents(model)
     left.update(() if head is None else map(id, head.modules()))
     tied = {id(p) for m in model.modules() if not is_linear(m) for p in m.parameters(recurse=False)}
+    wide = kept_wide(model)
     found: dict[str, nn.Module] = {}
     for name, module in walk(model):
+        if not wide.isdisjoint(name.split(".")):
+            continue
         if not is_linear(module) or id(module) in left or id(module) in bypassed or _cannot(module) is not None:
             continue
         left.add(id(module))

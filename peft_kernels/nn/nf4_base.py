@@ -36,7 +36,8 @@ class NF4Base(nn.Module):
     Parameters and not buffers, so that FSDP2 shards them. Casts (`half()`, `to(bfloat16)`) leave them as they are. In a
     state_dict they stand in bitsandbytes' layout (`formats.nf4_state`), whose keys are not the Parameters' names.
     Of what torch.distributed.checkpoint.state_dict offers, ignore_frozen_params and broadcast_from_rank0 ask for those,
-    and raise; all else works, full_state_dict=True too. Sharded, the JSON text has spaces behind it (see `to_state`).
+    and raise; all else works, full_state_dict=True too. Sharded, the JSON text has spaces behind it (see `to_state`),
+    so that torch.distributed.checkpoint, which reads in place, finds the size that it expects in another sharded model.
     """
 
     quantised: Quantised | None = None
