@@ -42,7 +42,7 @@ def test_values(isa, check, dtype):
 
 
 # A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 4 and by stripes of 64, rows of x by 6 and by
-# 512; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
+# 4 MB; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
 EDGES = [(M, N, 4096 + 64 * c) for M, N in ((1, 5), (2, 9), (7, 6)) for c in (-1, 0, 1, 65)]
 EDGES += [(M, N, 64) for M in (1, 4) for N in (1, 3, 4, 63, 64, 65, 127, 129, 260)]
 EDGES += [(30, N, K) for N, K in ((255, 66), (257, 65), (511, 257), (300, 8), (130, 191), (17, 513))]

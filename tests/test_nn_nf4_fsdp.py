@@ -160,6 +160,8 @@ def _writes_files(rank: int, folder: str) -> None:
         model(torch.randn(M, K))
     pk.save_adapter(model, f"{folder}/together-{rank}/adapter")
     assert os.path.exists(f"{folder}/together-{rank}") == (rank == 0), "each rank was given another folder"
+    with pytest.raises(ValueError, match="sharded this model; load the adapter before fully_shard"):
+        pk.load_adapter(model, f"{folder}/alone-{rank}/adapter")
     for name in ("adapter/adapter_model", "base/model") if rank == 0 else ():
         found, expected = (load_file(f"{folder}/{who}-0/{name}.safetensors") for who in ("together", "alone"))
         assert_same_states(found, expected)  # byte for byte, the texts too

@@ -34,8 +34,8 @@ static inline float sum_lanes(__m256 v) {
 
 // Each decodes a unit of two vectors, of its even and of its odd elements. Tiles are up to `height` rows of x by `rows` rows of
 // W, or up to `tall` by `tall_rows`, where W is decoded on the way, and up to `strip_height` by `strip_rows` where it lies
-// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, and what is in the
-// first cache meanwhile.
+// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, two runs where W is
+// decoded on the way, and what is in the first cache meanwhile.
 #if defined(__AVX512BF16__)
 // bf16: 32 lanes, two to a sum.
 struct DotBf16 {

@@ -79,7 +79,7 @@ class OnTheWay {
     if (f_.M > F::height)
       for (; n + F::tall_rows <= count; n += F::tall_rows)
         prepare(n + F::tall_rows), rows<F::tall, F::tall_rows>(f, n0 + n, scales + n * chunks_, sums + n);
-    else if (f_.M > 1)
+    else
       for (; n + F::rows <= count; n += F::rows)
         prepare(n + F::rows), rows<F::height, F::rows>(f, n0 + n, scales + n * chunks_, sums + n);
     for (; n < count; ++n) prepare(n + 1), rows<F::tall, 1>(f, n0 + n, scales + n * chunks_, sums + n);

@@ -175,7 +175,7 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _check_map(key: str, tensor: Tensor, quant_type: str) -> None:
-    """The levels, or what 16 bits make of them, as where a whole state_dict was cast: no kernel reads them there."""
+    """The levels, or what 16 bits make of them, as where buffers were cast: no kernel reads them there."""
     if not _readable(tensor):
         return
     found, levels = tensor.cpu().float(), quant_map(quant_type)

@@ -22,6 +22,7 @@ from ..methods.lora_config import LoraConfig
 from ..methods.targets import is_all_linear, is_excluded, is_saved, matches, pattern_value
 from ..methods.walk import uncompiled, walk
 from ..nn.merging import unmerged_bias
+from ..nn.nf4_sharded import is_sharded
 from . import biases
 from .files import PREFIX, check_contents, of_copies, read_folder, write_folder
 from .sharding import reshard
@@ -188,11 +189,14 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file that cannot be read; keys, shapes or settings that do not fit, all of them listed.
+        ValueError: a file that cannot be read; keys, shapes or settings that do not fit, all of them listed; a model
+            that FSDP2 has sharded.
         RuntimeError: adapters are merged.
     """
     given, model = model, uncompiled(model)
     refuse_merged(model, "load an adapter")
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError("load_adapter: FSDP2 has sharded this model; load the adapter before fully_shard")
     config, tensors = read_folder(path, _parsed)
     config = replace(config, inference_mode=not is_trainable)
     present = configs(model).get(adapter_name, config)
