@@ -12,7 +12,7 @@ from peft_kernels.memory.predict import default_loss, optimizer_states
 from .architectures import Architecture
 from .failures import FAILURES, because
 from .footprint import storage_bytes
-from .measure import Contender
+from .measure import PARTS, Contender
 from .memory_methods import Method, Options, Unsuited
 from .models import sharing_copy
 from .step_loss import FirstLosses, rounding_bound
@@ -47,6 +47,10 @@ class StepCase:
     def label(self) -> str:
         sizes = f"layers={self.layers} batch={self.batch} seq={self.seq} R={self.options.rank}"
         return f"model={self.architecture.name} {sizes} optimizer={self.optimizer}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS[:1]
 
     @property
     def drops(self) -> bool:
