@@ -272,20 +272,6 @@ class FewRowsBackward {
   }
 };
 
-template <class K>
-static void by_few_rows(const Nf4Linear& f) {
-  Arena size{nullptr};
-  FewRowsBackward<K>(size, f);
-  Workspace space(size.used);
-  Arena arena{static_cast<char*>(space.memory)};
-  const FewRowsBackward<K> shared(arena, f);
-#pragma omp parallel num_threads(f.threads)
-  {
-    const FewRowsBackward<K> own = shared;  // on each thread's own stack: the other's is written to meanwhile
-    own.run();
-  }
-}
-
 }  // namespace PK_ISA
 }  // namespace peft_kernels
 #endif

@@ -8,6 +8,7 @@
 #include "finish_cpu.h"
 #include "plan_cpu.h"
 #include "strips_cpu.h"
+#include "team_cpu.h"
 
 #if defined(__AVX2__)
 namespace peft_kernels {
@@ -97,17 +98,6 @@ class OnTheWay {
     }
   }
 };
-
-template <class Way>
-static void by_team(const Nf4Linear& f) {
-  Arena size{nullptr};
-  Way(size, f);
-  Workspace space(size.used);
-  Arena arena{static_cast<char*>(space.memory)};
-  const Way way(arena, f);
-#pragma omp parallel num_threads(f.threads)
-  way.run();
-}
 
 template <class K>
 static void by_stripes(const Nf4Linear& f) {

@@ -153,20 +153,6 @@ class Gemv {
   }
 };
 
-template <class K>
-static void by_gemv(const Nf4Linear& f) {
-  Arena size{nullptr};
-  Gemv<K>(size, f);
-  Workspace space(size.used);
-  Arena arena{static_cast<char*>(space.memory)};
-  const Gemv<K> shared(arena, f);
-#pragma omp parallel num_threads(f.threads)
-  {
-    const Gemv<K> own = shared;  // on each thread's own stack: another's is written to meanwhile
-    own.run();
-  }
-}
-
 }  // namespace PK_ISA
 }  // namespace peft_kernels
 #endif

@@ -7,6 +7,7 @@
 #include "forward_cpu.h"
 #include "gemv_cpu.h"
 #include "panels_cpu.h"
+#include "team_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
@@ -41,7 +42,7 @@ template <class K>
 static void forward(const Nf4Linear& f) {
 #if defined(__AVX2__)
   if constexpr (sizeof(typename K::Acc) == sizeof(float))
-    return in_chunks(f) && f.M <= kGemvRows ? by_gemv<K>(f) : by_stripes<K>(f);
+    return in_chunks(f) && f.M <= kGemvRows ? by_team<Gemv<K>>(f) : by_stripes<K>(f);
 #endif
   by_panels<K>(f, true);
 }
@@ -50,7 +51,7 @@ template <class K>
 static void backward(const Nf4Linear& f) {
 #if defined(__AVX2__)
   if constexpr (sizeof(typename K::Acc) == sizeof(float))
-    if (in_chunks(f) && f.M <= (K::pair == 2 ? kFewRowsDot : kFewRowsFma)) return by_few_rows<K>(f);
+    if (in_chunks(f) && f.M <= (K::pair == 2 ? kFewRowsDot : kFewRowsFma)) return by_team<FewRowsBackward<K>>(f);
 #endif
   by_panels<K>(f, false);
 }
