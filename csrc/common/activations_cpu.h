@@ -14,9 +14,6 @@
 namespace peft_kernels {
 namespace PK_ISA {
 
-// A call would pass vectors through memory and load every constant again.
-#define PK_INLINE __attribute__((always_inline)) inline
-
 using Floats = Vec<float>::type;
 using Ints = Vec<int32_t>::type;
 using Words = Vec<uint32_t>::type;

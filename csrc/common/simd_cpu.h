@@ -24,6 +24,8 @@
 #endif
 
 #define PK_UNROLL _Pragma("GCC unroll 32")
+// Where a call would pass vectors through memory and load every constant again.
+#define PK_INLINE __attribute__((always_inline)) inline
 
 namespace peft_kernels {
 namespace PK_ISA {
