@@ -41,10 +41,12 @@ def test_values(isa, check, dtype):
     check(RUNS, dtype, "cpu")
 
 
-# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 4 and by stripes of 64, rows of x by 6 and by
-# 4 MB; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
+# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 2, 3 or 4 and by stripes of 64, rows of x by 6 and
+# by 4 MB, up to 12 at once; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
 EDGES = [(M, N, 4096 + 64 * c) for M, N in ((1, 5), (2, 9), (7, 6)) for c in (-1, 0, 1, 65)]
 EDGES += [(M, N, 64) for M in (1, 4) for N in (1, 3, 4, 63, 64, 65, 127, 129, 260)]
+EDGES += [(M, N, 128) for M, N in ((3, 61), (5, 62), (6, 67), (7, 64), (8, 68), (9, 63), (10, 65), (11, 4), (12, 66), (13, 1))]
+EDGES += [(M, 5, 4096 + 64) for M in (3, 8, 9, 12)]
 EDGES += [(30, N, K) for N, K in ((255, 66), (257, 65), (511, 257), (300, 8), (130, 191), (17, 513))]
 EDGES += [(511, 10, 64), (515, 130, 33), (1025, 3, 70)]
 
@@ -96,7 +98,7 @@ def test_long_rows(isa, threads, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
-    for size in ((1, 67, 192), (5, 130, 256), (7, 94, 2112), (70, 130, 77), (2, 1100, 2240)):
+    for size in ((1, 67, 192), (5, 130, 256), (7, 94, 2112), (8, 97, 192), (12, 130, 64), (70, 130, 77), (2, 1100, 2240)):
         data, before = inputs(Case(*size, dtype)), torch.get_num_threads()
         found = []
         for threads in (1, 2, 3):

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../common/low_rank_cpu.h"
+#include "plan_cpu.h"
 #include "scales_cpu.h"
 
 #if defined(__AVX2__)
@@ -32,24 +33,51 @@ static inline float sum_lanes(__m256 v) {
 }
 #endif
 
-// Each decodes a unit of two vectors, of its even and of its odd elements. Tiles are up to `height` rows of x by `rows` rows of
-// W, or up to `tall` by `tall_rows`, where W is decoded on the way, and up to `strip_height` by `strip_rows` where it lies
-// decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one chain of those sums, two runs where W is
-// decoded on the way, and what is in the first cache meanwhile.
+// *to(i) += the lanes of sum i of Q.
+template <int Q, class Sum, class To>
+PK_INLINE static void add_sums(const Sum* acc, const To& to) {
+#if defined(__AVX512F__)
+  float found[(Q + 3) / 4 * 4];
+  PK_UNROLL
+  for (int i = 0; i < Q; i += 4) {
+    const int last = Q - 1;
+    _mm_storeu_ps(found + i, sum_lanes(acc[i], acc[i < last ? i + 1 : last], acc[i + 1 < last ? i + 2 : last],
+                                       acc[i + 2 < last ? i + 3 : last]));
+  }
+  PK_UNROLL
+  for (int i = 0; i < Q; ++i) *to(i) += found[i];
+#else
+  PK_UNROLL
+  for (int i = 0; i < Q; ++i) *to(i) += sum_lanes(acc[i]);
+#endif
+}
+
+// Each decodes a unit of two vectors, of its even and of its odd elements, in `steps` steps; `fresh` where its table is not that
+// of the unit before. Where W is decoded on the way, tiles are up to `height` rows of x by rows(height) of W, and up to
+// `strip_height` by `strip_rows` where it lies decoded (tiles_cpu.h): as many sums as there are registers. `run` chunks are one
+// chain of those sums, two runs where W is decoded on the way, and what is in the first cache meanwhile.
 #if defined(__AVX512BF16__)
 // bf16: 32 lanes, two to a sum.
 struct DotBf16 {
   using X = bf16;
   using Vector = __m512i;
-  static constexpr int lanes = 32, height = 6, rows = 4, tall = 7, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 32;
+  static constexpr int lanes = 32, height = kTallTile, strip_height = 6, strip_rows = 4, run = 32, steps = 6;
+  static constexpr int rows(int H) { return H <= 5 ? 4 : H <= 8 ? 3 : 2; }
+  struct Unit {
+    Vector words, table, v[2];
+    __m512 values;
+  };
   __m512 levels;
   explicit DotBf16(const float* level) : levels(_mm512_loadu_ps(level)) {}
-  void decode(const uint8_t* packed, float scale, Vector* v) const {
-    const __m512 values = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
-    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(values, values);
-    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-    v[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-    v[1] = _mm512_permutexvar_epi16(words, table);
+  PK_INLINE void step(int i, const uint8_t* packed, float scale, bool fresh, Unit& u) const {
+    switch (i) {
+      case 0: if (fresh) u.values = _mm512_mul_ps(levels, _mm512_set1_ps(scale)); break;
+      case 1: u.words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))); break;
+      case 2: if (fresh) u.table = (__m512i)_mm512_cvtne2ps_pbh(u.values, u.values); break;
+      case 3: u.v[0] = _mm512_srli_epi16(u.words, 4); break;
+      case 4: u.v[0] = _mm512_permutexvar_epi16(u.v[0], u.table); break;
+      case 5: u.v[1] = _mm512_permutexvar_epi16(u.words, u.table); break;
+    }
   }
   static Vector load(const X* p) { return _mm512_loadu_si512(p); }
   static void store(X* p, Vector v) { _mm512_storeu_si512(p, v); }
@@ -71,14 +99,22 @@ struct DotBf16 {
 struct DotFloat {
   using X = float;
   using Vector = __m512;
-  static constexpr int lanes = 16, height = 6, rows = 4, tall = 7, tall_rows = 3, strip_height = 6, strip_rows = 4, run = 16;
+  static constexpr int lanes = 16, height = kTallTile, strip_height = 6, strip_rows = 4, run = 16, steps = 5;
+  static constexpr int rows(int H) { return H <= 5 ? 4 : 2; }
+  struct Unit {
+    __m512i words, evens;
+    Vector table, v[2];
+  };
   __m512 levels;
   explicit DotFloat(const float* level) : levels(_mm512_loadu_ps(level)) {}
-  void decode(const uint8_t* packed, float scale, Vector* v) const {
-    const __m512 table = _mm512_mul_ps(levels, _mm512_set1_ps(scale));
-    const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-    v[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-    v[1] = _mm512_permutexvar_ps(words, table);
+  PK_INLINE void step(int i, const uint8_t* packed, float scale, bool fresh, Unit& u) const {
+    switch (i) {
+      case 0: if (fresh) u.table = _mm512_mul_ps(levels, _mm512_set1_ps(scale)); break;
+      case 1: u.words = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed))); break;
+      case 2: u.evens = _mm512_srli_epi32(u.words, 4); break;
+      case 3: u.v[0] = _mm512_permutexvar_ps(u.evens, u.table); break;
+      case 4: u.v[1] = _mm512_permutexvar_ps(u.words, u.table); break;
+    }
   }
   static Vector load(const X* p) { return _mm512_loadu_ps(p); }
   static void store(X* p, Vector v) { _mm512_storeu_ps(p, v); }
@@ -95,18 +131,26 @@ struct DotFloat {
 struct DotFloat {
   using X = float;
   using Vector = __m256;
-  static constexpr int lanes = 8, height = 4, rows = 1, tall = 4, tall_rows = 1, strip_height = 6, strip_rows = 2, run = 16;
+  static constexpr int lanes = 8, height = 4, strip_height = 6, strip_rows = 2, run = 16, steps = 5;
+  static constexpr int rows(int H) { return H <= 2 ? 2 : 1; }
+  struct Unit {
+    __m256i words;
+    Vector below, above, v[2];
+  };
   __m256 low, high;
   explicit DotFloat(const float* level) : low(_mm256_loadu_ps(level)), high(_mm256_loadu_ps(level + 8)) {}
   static __m256 look_up(__m256 below, __m256 above, __m256i codes) {
     const __m256 choice = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(below, codes), _mm256_permutevar8x32_ps(above, codes), choice);
   }
-  void decode(const uint8_t* packed, float scale, Vector* v) const {
-    const __m256 by = _mm256_set1_ps(scale), below = _mm256_mul_ps(low, by), above = _mm256_mul_ps(high, by);
-    const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-    v[0] = look_up(below, above, _mm256_srli_epi32(words, 4));
-    v[1] = look_up(below, above, words);
+  PK_INLINE void step(int i, const uint8_t* packed, float scale, bool fresh, Unit& u) const {
+    switch (i) {
+      case 0: if (fresh) u.below = _mm256_mul_ps(low, _mm256_set1_ps(scale)); break;
+      case 1: if (fresh) u.above = _mm256_mul_ps(high, _mm256_set1_ps(scale)); break;
+      case 2: u.words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed))); break;
+      case 3: u.v[0] = look_up(u.below, u.above, _mm256_srli_epi32(u.words, 4)); break;
+      case 4: u.v[1] = look_up(u.below, u.above, u.words); break;
+    }
   }
   static Vector load(const X* p) { return _mm256_loadu_ps(p); }
   static void store(X* p, Vector v) { _mm256_storeu_ps(p, v); }
@@ -133,96 +177,68 @@ struct DotOf<Kind<Dot2, bf16>> {
 };
 #endif
 
-// Rows of W as they are stored, decoded on the way. One row alone is one stream of bytes, fetched ahead by hand: without
-// it, reads reach 85 % of the bandwidth. Of several rows, the same place of the next ones is fetched.
+// A unit under this scale, at once.
 template <class F>
-struct PackedRows {
-  static constexpr int64_t ahead = 8192, scales_ahead = 1024;  // bytes
-  F f;
-  const uint8_t* packed;
-  const float* scales;
-  int64_t row_bytes, row_scales;
-  // Unit u of row r.
-  template <int R>
-  void get(int r, int64_t u, typename F::Vector* v) const {
-    constexpr int64_t per_chunk = kDotChunk / (2 * F::lanes);
-    const uint8_t* at = packed + r * row_bytes + u * F::lanes;
-    if (u % (2 * per_chunk) == 0) __builtin_prefetch(at + (R == 1 ? ahead : R * row_bytes));
-    if (R == 1 && u % (16 * per_chunk) == 0)
-      __builtin_prefetch(reinterpret_cast<const char*>(scales + u / per_chunk) + scales_ahead);
-    f.decode(at, scales[r * row_scales + u / per_chunk], v);
-  }
-};
-
-// sums[m * sums_ld + n] += x[m] . W[n] over `chunks` chunks, for H rows of x (x_ld apart) and R of W.
-template <class F, int H, int R, class Source>
-__attribute__((noinline)) static void dot_tile(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld,
-                                               float* sums, int64_t sums_ld) {
-  // With few tiles one chain each would wait for itself: several, over vectors and chunks.
-  constexpr int chains = H * R >= 8 ? 1 : H * R >= 4 ? 2 : H * R >= 2 ? 4 : 8;
-  constexpr int unroll = chains > 2 ? chains / 2 : 1;
-  decltype(F::zero()) acc[H][R][chains];
+static inline void decode_unit(const F& f, const uint8_t* packed, float scale, typename F::Vector* v) {
+  typename F::Unit unit;
   PK_UNROLL
-  for (int i = 0; i < H * R * chains; ++i) (&acc[0][0][0])[i] = F::zero();
-  const auto step = [&](int64_t u, int chain) {
-    typename F::Vector v[R][2];
-    PK_UNROLL
-    for (int r = 0; r < R; ++r) w.template get<R>(r, u, v[r]);
-    PK_UNROLL
-    for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < F::steps; ++i) f.step(i, packed, scale, true, unit);
+  v[0] = unit.v[0], v[1] = unit.v[1];
+}
+
+// sums[h * sums_ld + r * sums_step] += x[h] . W[r] over `chunks` chunks, for H rows of x, packed as in tiles_cpu.h, and R of W as
+// they are stored: row r at packed[r] under scales[r]. With registers enough, the next unit is decoded while one is multiplied,
+// step by step in between: permutes and products are made by different parts of a core, but not while one waits in line
+// behind the other.
+template <class F, int H, int R>
+__attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const (&packed)[R], const float* const (&scales)[R],
+                                               int64_t ahead, int64_t chunks, const typename F::X* x, float* sums,
+                                               int64_t sums_ld, int64_t sums_step = 1) {
+  constexpr bool early = PK_VECTOR_BYTES == 64;
+  constexpr int per_chunk = kDotChunk / (2 * F::lanes), slots = 2 * H, steps = R * F::steps, Q = H * R;
+  // A sum waits for itself as long as several others take. In as many chains alone as beside others: the same bits.
+  constexpr int chains = H * F::rows(H) < (early ? 8 : 4) ? 2 : 1;
+  decltype(F::zero()) acc[chains][Q];
+  PK_UNROLL
+  for (int i = 0; i < chains * Q; ++i) (&acc[0][0])[i] = F::zero();
+  typename F::Unit unit[R];
+  typename F::Vector v[R][2];
+  const auto decode = [&](int64_t chunk, int u, int step) {
+    const int r = step / F::steps;
+    f.step(step % F::steps, packed[r] + chunk * (kDotChunk / 2) + u * F::lanes, scales[r][chunk], u == 0, unit[r]);
+  };
+  PK_UNROLL
+  for (int step = 0; step < (early ? steps : 0); ++step) decode(0, 0, step);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t next = c + 1 < chunks ? c + 1 : c;  // what follows the last one is not there to be read
+    if (c % 2 == 0) {
       PK_UNROLL
-      for (int h = 0; h < H; ++h) {
-        const typename F::Vector at = F::load(x + h * x_ld + (2 * u + i) * F::lanes);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(packed[r] + c * (kDotChunk / 2) + ahead);
+    }
+    PK_UNROLL
+    for (int u = 0; u < per_chunk; ++u) {
+      PK_UNROLL
+      for (int step = 0; step < (early ? 0 : steps); ++step) decode(c, u, step);
+      PK_UNROLL
+      for (int r = 0; r < R; ++r) v[r][0] = unit[r].v[0], v[r][1] = unit[r].v[1];
+      PK_UNROLL
+      for (int slot = 0; slot < slots; ++slot) {
+        const int h = slot % H, i = slot / H;
+        const typename F::Vector one = F::load(x + ((c * per_chunk + u) * slots + slot) * F::lanes);
         PK_UNROLL
         for (int r = 0; r < R; ++r) {
-          auto& one = acc[h][r][(chain + i) % chains];
-          one = F::madd(one, v[r][i], at);
+          auto& sum = acc[i % chains][h * R + r];
+          sum = F::madd(sum, v[r][i], one);
         }
+        PK_UNROLL
+        for (int step = 0; step < (early ? steps : 0); ++step)
+          if (step * slots / steps == slot) decode(u + 1 < per_chunk ? c : next, (u + 1) % per_chunk, step);
       }
     }
-  };
-  const int64_t units = chunks * kDotChunk / (2 * F::lanes);
-  int64_t u = 0;
-  for (; u + unroll <= units; u += unroll) {
-    PK_UNROLL
-    for (int i = 0; i < unroll; ++i) step(u + i, 2 * i);
   }
-  for (; u < units; ++u) step(u, 0);
   PK_UNROLL
-  for (int h = 0; h < H; ++h) {
-    PK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      PK_UNROLL
-      for (int i = 1; i < chains; ++i) acc[h][r][0] = acc[h][r][0] + acc[h][r][i];
-    }
-    float* to = sums + h * sums_ld;
-#if defined(__AVX512F__)
-    if constexpr (R >= 3) {
-      constexpr __mmask8 those = (1 << R) - 1;
-      const __m128 found = sum_lanes(acc[h][0][0], acc[h][1][0], acc[h][2][0], acc[h][R - 1][0]);
-      _mm_mask_storeu_ps(to, those, _mm_add_ps(_mm_maskz_loadu_ps(those, to), found));
-      continue;
-    }
-#endif
-    PK_UNROLL
-    for (int r = 0; r < R; ++r) to[r] += sum_lanes(acc[h][r][0]);
-  }
-}
-
-// The same for a height known at run time, at most H.
-template <class F, int H, int R, class Source>
-static void dot_rows(const Source& w, int64_t chunks, const typename F::X* x, int64_t x_ld, int64_t height, float* sums,
-                     int64_t sums_ld) {
-  if (height == H) return dot_tile<F, H, R>(w, chunks, x, x_ld, sums, sums_ld);
-  if constexpr (H > 1) dot_rows<F, H - 1, R>(w, chunks, x, x_ld, height, sums, sums_ld);
-}
-
-// One row of K elements of x, each vector's worth of even elements before the odd ones.
-template <class F>
-static void order_for_codes(typename F::X* to, const typename F::X* row, int64_t K) {
-  for (int64_t k = 0; k < K; k += 2 * F::lanes)
-    PK_UNROLL
-    for (int i = 0; i < F::lanes; ++i) to[k + i] = row[k + 2 * i], to[k + F::lanes + i] = row[k + 2 * i + 1];
+  for (int i = 0; i < Q && chains == 2; ++i) acc[0][i] = acc[0][i] + acc[chains - 1][i];
+  add_sums<Q>(acc[0], [&](int i) { return sums + i / R * sums_ld + i % R * sums_step; });
 }
 
 }  // namespace PK_ISA

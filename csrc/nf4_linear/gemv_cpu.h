@@ -6,9 +6,9 @@
 // all of them. However the rows are cut, each one's sum is made in the same order.
 #pragma once
 
-#include "dot_cpu.h"
 #include "finish_cpu.h"
 #include "plan_cpu.h"
+#include "tiles_cpu.h"
 
 #if defined(__AVX2__)
 namespace peft_kernels {
@@ -18,18 +18,10 @@ constexpr int64_t kGemvBlock = 512;   // rows of W whose sums are finished toget
 constexpr int64_t kGemvRun = 64;      // chunks in a chain of sums, and of which scales are made at a time
 constexpr int64_t kGemvAhead = 8192;  // bytes fetched ahead, of all streams together
 
-// Streams of rows of W for H rows of x, and chains of sums for each pair of rows: what the registers hold.
-template <int H>
-struct GemvShape {
-  static constexpr int streams = PK_VECTOR_BYTES == 64 ? 4 : H == 1 ? 2 : 1, chains = H == 1 ? 4 : 2;
-};
-
 template <class K>
 class Gemv {
   using F = typename DotOf<K>::type;
   using X = typename F::X;
-  using Acc = decltype(F::zero());
-  static constexpr int units_ = kDotChunk / (2 * F::lanes);  // of a chunk
   static constexpr int64_t most_streams_ = 4;
 
   const Nf4Linear f_;
@@ -54,7 +46,7 @@ class Gemv {
     X* x = x_ + id * f_.M * f_.K;
     for (int64_t m = 0; m < f_.M; ++m) {  // every thread for itself: less work than waiting for another
       convert(row_ + id * f_.K, static_cast<const typename K::Store*>(f_.left.data) + m * f_.left.row, f_.K);
-      order_for_codes<F>(x + m * f_.K, row_ + id * f_.K, f_.K);
+      pack_row<F>(x, f_.M, m, row_ + id * f_.K, f_.K);
     }
     for (int64_t n = id * size; n < end; n += kGemvBlock) block<kGemvRows>(n, min64(kGemvBlock, end - n), x, id);
   }
@@ -64,8 +56,9 @@ class Gemv {
   void block(int64_t n, int64_t count, const X* x, int id) const {
     if constexpr (H > 1)
       if (f_.M < H) return block<H - 1>(n, count, x, id);
-    constexpr int S = GemvShape<H>::streams;
+    constexpr int S = F::rows(H);  // streams
     float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * kGemvRun;
+    memset(sums, 0, H * kGemvBlock * sizeof(float));
     const int64_t part = count / S;
     rows<H, S>(n, part, x, sums, scales);
     rows<H, 1>(n + S * part, count - S * part, x, sums + S * part, scales);
@@ -74,7 +67,7 @@ class Gemv {
         nf4_finish<K>(f_, sums + m * kGemvBlock + j, m, n + j, min64(64, count - j), f_.N);
   }
 
-  // sums[h * kGemvBlock + j] = x[h] . W[n + j] for S times `part` rows of W.
+  // sums[h * kGemvBlock + j] += x[h] . W[n + j] for S times `part` rows of W.
   template <int H, int S>
   void rows(int64_t n, int64_t part, const X* x, float* sums, float* made) const {
     const F f(nf4_levels(f_.weight));
@@ -100,54 +93,7 @@ class Gemv {
           at[s] += here;
           if (!has_scales) make(s, at[s], min64(kGemvRun, next), turn + 1);  // made at their use they would be waited for
         }
-        run_of<H, S>(f, packed, scales, here, x + c * kDotChunk, sums + j, part, c == 0);
-      }
-    }
-  }
-
-  // One chain of sums for each row of x and each stream.
-  template <int H, int S>
-  void run_of(const F& f, const uint8_t* const (&packed)[S], const float* const (&scales)[S], int64_t chunks, const X* x,
-              float* sums, int64_t part, bool first) const {
-    constexpr int C = GemvShape<H>::chains;
-    Acc acc[S][H][C];
-    PK_UNROLL
-    for (int i = 0; i < S * H * C; ++i) (&acc[0][0][0])[i] = F::zero();
-    const auto chunk = [&](int64_t c, int chain) {
-      PK_UNROLL
-      for (int u = 0; u < units_; ++u) {
-        typename F::Vector v[S][2];
-        PK_UNROLL
-        for (int s = 0; s < S; ++s) f.decode(packed[s] + c * (kDotChunk / 2) + u * F::lanes, scales[s][c], v[s]);
-        PK_UNROLL
-        for (int h = 0; h < H; ++h) {
-          PK_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const typename F::Vector at = F::load(x + h * f_.K + c * kDotChunk + (2 * u + i) * F::lanes);
-            PK_UNROLL
-            for (int s = 0; s < S; ++s) {
-              Acc& one = acc[s][h][(chain + 2 * u + i) % C];
-              one = F::madd(one, v[s][i], at);
-            }
-          }
-        }
-      }
-    };
-    int64_t c = 0;
-    for (; c + 2 <= chunks; c += 2) {
-      PK_UNROLL
-      for (int s = 0; s < S; ++s) __builtin_prefetch(packed[s] + c * (kDotChunk / 2) + kGemvAhead / S);
-      chunk(c, 0), chunk(c + 1, 2);
-    }
-    if (c < chunks) chunk(c, 0);
-    PK_UNROLL
-    for (int h = 0; h < H; ++h) {
-      PK_UNROLL
-      for (int s = 0; s < S; ++s) {
-        PK_UNROLL
-        for (int i = 1; i < C; ++i) acc[s][h][0] = acc[s][h][0] + acc[s][h][i];
-        float& to = sums[h * kGemvBlock + s * part];
-        to = first ? sum_lanes(acc[s][h][0]) : to + sum_lanes(acc[s][h][0]);
+        dot_tile<F, H, S>(f, packed, scales, kGemvAhead / S, here, x + c * kDotChunk * H, sums + j, kGemvBlock, part);
       }
     }
   }

@@ -9,15 +9,14 @@
 
 #include "finish_cpu.h"
 #include "plan_cpu.h"
+#include "team_cpu.h"
 #include "tiles_cpu.h"
 
 #if defined(__AVX2__)
 namespace peft_kernels {
 namespace PK_ISA {
 
-constexpr int64_t kStripe = 64;                      // rows of W whose sums are finished together
-constexpr int64_t kPage = 4096;                      // bytes; what the hardware fetches ahead ends there
-constexpr int64_t kApart = kPage / sizeof(int64_t);  // counters of threads
+constexpr int64_t kStripe = 64;  // rows of W whose sums are finished together
 constexpr int64_t kForwardBytes = int64_t{4} << 20;  // of packed x at a time, or kForwardRows rows where that is more
 constexpr int64_t kForwardRows = 96;
 
@@ -31,9 +30,9 @@ class ByStrips {
 
   const Nf4Linear& f_;
   bool chunked_;
-  int64_t chunks_, run_, most_, stripe_, stripes_, strip_rows_;  // run_: chunks
+  int64_t chunks_, run_, most_, stripe_, strip_rows_;  // run_: chunks
   X* x_;
-  int64_t* next_;
+  Tasks stripes_;
   int64_t own_bytes_;
   char* own_;
 
@@ -45,10 +44,9 @@ class ByStrips {
         run_(round_up(ceil_div(chunks_, ceil_div(chunks_, F::run)), 2)),
         most_(ceil_div(f.M, ceil_div(f.M, most_rows(chunks_ * kDotChunk * sizeof(X))))),
         stripe_(min64(kStripe, round_up(ceil_div(f.N, f.threads), R_))),
-        stripes_(ceil_div(f.N, stripe_)),
         strip_rows_(most_ * chunks_ * kDotChunk * static_cast<int64_t>(sizeof(X)) <= kShortStripBytes ? R_ : kStripe),
         x_(arena.take<X>(most_ * chunks_ * kDotChunk)),
-        next_(arena.take<int64_t>(f.threads * kApart)) {
+        stripes_(arena, ceil_div(f.N, stripe_), f.threads) {
     Arena own{nullptr};
     take_own(own);
     own_bytes_ = round_up(own.used, kPage) + kPage;
@@ -63,7 +61,7 @@ class ByStrips {
     for (int64_t m0 = 0; m0 < f_.M; m0 += most_) {
       const int64_t rows = min64(most_, f_.M - m0);
       pack_rows_of_x(m0, rows, own.row, id);
-      __atomic_store_n(next_ + id * kApart, part_start(id), __ATOMIC_RELAXED);
+      stripes_.begin(id);
 #pragma omp barrier
       stripes(m0, rows, own);
 #pragma omp barrier
@@ -121,25 +119,13 @@ class ByStrips {
     for (int64_t m = 0; m < rows; ++m) nf4_finish<K>(f_, sums + m * kStripe, m0 + m, n0, count, f_.N);
   }
 
-  // A thread takes the stripes of its own part of W, then what others have not come to: who computes a stripe does not change
-  // its bits. So neighbours in the output are mostly written by one thread.
-  int64_t part_start(int id) const { return stripes_ * id / team_size(); }
-  int64_t choose(int id) const {
-    for (int i = 0; i < team_size(); ++i) {
-      const int of = (id + i) % team_size();
-      const int64_t task = __atomic_fetch_add(next_ + of * kApart, 1, __ATOMIC_RELAXED);
-      if (task < part_start(of + 1)) return task;
-    }
-    return stripes_;
-  }
-
-  // The next stripe is chosen early, to be fetched.
+  // The next stripe is taken early, to be fetched. Who computes one does not change its bits.
   void stripes(int64_t m0, int64_t rows, const Own& own) const {
     const int id = thread_id();
-    for (int64_t task = choose(id), later; task < stripes_; task = later) {
+    for (int64_t task = stripes_.take(id), later; task < stripes_.count(); task = later) {
       memset(own.sums, 0, rows * kStripe * sizeof(float));
       const int64_t n0 = task * stripe_, count = min64(stripe_, f_.N - n0);
-      later = stripes_;
+      later = stripes_.count();
       for (int64_t c = 0; c < chunks_; c += run_) {
         const int64_t here = min64(run_, chunks_ - c);
         for (int64_t n = 0; n < count; n += strip_rows_) {
@@ -151,8 +137,8 @@ class ByStrips {
           } else if (c + here < chunks_) {
             fetcher = bytes_of(n0, min64(strip_rows_, count), c + here);
           } else {
-            later = choose(id);
-            if (later < stripes_) fetcher = bytes_of(later * stripe_, min64(strip_rows_, f_.N - later * stripe_), 0);
+            later = stripes_.take(id);
+            if (later < stripes_.count()) fetcher = bytes_of(later * stripe_, min64(strip_rows_, f_.N - later * stripe_), 0);
           }
           // All of it while this strip is multiplied; a short one is decoded for as long, and must fetch then too.
           const int64_t times = groups_of(rows) * ceil_div(live, R_) * (here / 2);

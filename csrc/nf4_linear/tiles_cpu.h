@@ -88,7 +88,7 @@ static inline void decode_tile(const F& f, const uint8_t* const (&packed)[R], co
       PK_UNROLL
       for (int r = 0; r < R; ++r) {
         typename F::Vector v[2];
-        f.decode(packed[r] + (c * units + u) * F::lanes, scales[r][c], v);
+        decode_unit(f, packed[r] + (c * units + u) * F::lanes, scales[r][c], v);
         F::store(to + r * F::lanes, v[0]), F::store(to + (R + r) * F::lanes, v[1]);
       }
     }
