@@ -4,7 +4,7 @@ The weight of the truth is what its bytes are worth: level * scale in fp32, whic
 What is granted: one rounding of W to x's dtype where that has 16 bits (a kernel may also keep W in fp32, which is
 within it), the sum of products in the accumulator as in bounds.py, and one rounding of the sum. A bias is used in x's
 dtype or wider; beside an addend the two may be added first, in x's dtype. Bias and addend join the sum with one
-rounding each in the accumulator.
+rounding each in the accumulator. `factors` is a dtype that the user let both factors of an fp32 product be rounded to.
 """
 
 import numpy as np
@@ -56,13 +56,20 @@ def _finished(product: Approx, bias: Tensor | None, addend: Tensor | None, dtype
     return found.value, found.error
 
 
-def forward(x: Tensor, weight: NF4Weight, bias: Tensor | None, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+def _product(left: Tensor, weight: NF4Weight, transposed: bool, factors: torch.dtype | None) -> Approx:
+    right, exact = _weight(weight, factors or left.dtype, left.device), Approx.exact(left)
+    return (exact.rounded(factors) if factors else exact).matmul(right.t if transposed else right, left.dtype)
+
+
+def forward(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None, addend: Tensor | None, factors: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Truth and bound of y [M, N] = x @ W.T + bias + addend."""
-    product = Approx.exact(x).matmul(_weight(weight, x.dtype, x.device).t, x.dtype)
-    return _finished(product, bias, addend, x.dtype)
+    return _finished(_product(x, weight, True, factors), bias, addend, x.dtype)
 
 
-def backward(dy: Tensor, weight: NF4Weight, addend: Tensor | None) -> tuple[Tensor, Tensor]:
+def backward(
+    dy: Tensor, weight: NF4Weight, addend: Tensor | None, factors: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Truth and bound of dx [M, K] = dy @ W + addend."""
-    product = Approx.exact(dy).matmul(_weight(weight, dy.dtype, dy.device), dy.dtype)
-    return _finished(product, None, addend, dy.dtype)
+    return _finished(_product(dy, weight, False, factors), None, addend, dy.dtype)

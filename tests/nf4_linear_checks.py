@@ -181,7 +181,7 @@ def check_long_sums(runs: Runs, dtype: torch.dtype, device: str) -> None:
     """
     if dtype == torch.float64:
         return
-    for M in (1, 3, 30):
+    for M in (1, 2, 3, 9, 30):
         check(runs, Case(M, 3, 40_000, dtype, positive=True), device)
         check(runs, Case(M, 3, 40_001, dtype, positive=True), device)
         check(runs, Case(M, 20_000, 5, dtype, positive=True), device)

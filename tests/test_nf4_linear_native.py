@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import bounds
+import bounds_nf4
 import nf4_linear_checks as checks
 import pytest
 import torch
@@ -41,11 +43,11 @@ def test_values(isa, check, dtype):
     check(RUNS, dtype, "cpu")
 
 
-# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 2, 3 or 4 and by stripes of 64, rows of x by 6 and
-# by 4 MB, up to 12 at once; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest of each.
+# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 2, 3 or 4 and by stripes of 64, rows of x by 6
+# and by 4 MB, up to 12 at once; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest.
 EDGES = [(M, N, 4096 + 64 * c) for M, N in ((1, 5), (2, 9), (7, 6)) for c in (-1, 0, 1, 65)]
 EDGES += [(M, N, 64) for M in (1, 4) for N in (1, 3, 4, 63, 64, 65, 127, 129, 260)]
-EDGES += [(M, N, 128) for M, N in ((3, 61), (5, 62), (6, 67), (7, 64), (8, 68), (9, 63), (10, 65), (11, 4), (12, 66), (13, 1))]
+EDGES += [(M, N, 128) for M, N in ((3, 61), (5, 62), (6, 67), (7, 64), (8, 68), (9, 63), (10, 65), (12, 66), (13, 1))]
 EDGES += [(M, 5, 4096 + 64) for M in (3, 8, 9, 12)]
 EDGES += [(30, N, K) for N, K in ((255, 66), (257, 65), (511, 257), (300, 8), (130, 191), (17, 513))]
 EDGES += [(511, 10, 64), (515, 130, 33), (1025, 3, 70)]
@@ -98,7 +100,8 @@ def test_long_rows(isa, threads, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
-    for size in ((1, 67, 192), (5, 130, 256), (7, 94, 2112), (8, 97, 192), (12, 130, 64), (70, 130, 77), (2, 1100, 2240)):
+    sizes = (1, 67, 192), (2, 1100, 2240), (5, 130, 256), (7, 94, 2112), (8, 97, 192), (12, 130, 64), (70, 130, 77)
+    for size in sizes:
         data, before = inputs(Case(*size, dtype)), torch.get_num_threads()
         found = []
         for threads in (1, 2, 3):
@@ -106,6 +109,50 @@ def test_the_number_of_threads_changes_no_bit(isa, dtype):
             found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
         torch.set_num_threads(before)
         assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+
+
+@pytest.fixture(params=["set_float32_matmul_precision", "mkldnn.matmul.fp32_precision"])
+def rounding(request):
+    """The user lets fp32 products round to bf16, by either of Torch's settings."""
+    matmul = torch.backends.mkldnn.matmul
+    before, there = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    if request.param == "set_float32_matmul_precision":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        matmul.fp32_precision = "bf16"
+    yield
+    matmul.fp32_precision = there
+    torch.set_float32_matmul_precision(before)
+
+
+SOME_ROWS = [(1, 67, 192), (2, 9, 4160), (8, 67, 128), (13, 70, 192), (40, 33, 65), (97, 9, 320)]
+
+
+def test_fp32_rounds_to_bf16_where_the_user_lets_it(isa, rounding):
+    """Within the bound of rounded factors, and not exact any more; elsewhere nothing changes."""
+    for size in SOME_ROWS:
+        data = inputs(Case(*size, bias=torch.float32, addend=True, nested=size[0] % 2 == 0))
+        y, dx = op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())
+        exact = bounds_nf4.forward(data.x, data.weight, data.bias, data.addend)
+        if isa == "avx512bf16":
+            args = data.x, data.weight, data.bias, data.addend, torch.bfloat16
+            bounds.assert_within(y, *bounds_nf4.forward(*args), f"y of {size}")
+            args = data.dy, data.weight, data.dx_addend, torch.bfloat16
+            bounds.assert_within(dx, *bounds_nf4.backward(*args), f"dx of {size}")
+            assert ((y - exact[0]).abs() > exact[1]).any(), "y is as exact as without the setting"
+        else:
+            bounds.assert_within(y, *exact, f"y of {size}")
+            bounds.assert_within(dx, *bounds_nf4.backward(data.dy, data.weight, data.dx_addend), f"dx of {size}")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fp32_is_exact_otherwise(isa, precision):
+    """A CPU has no TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    for size in SOME_ROWS:
+        checks.check(RUNS, Case(*size))
+    torch.set_float32_matmul_precision(before)
 
 
 def test_a_call_holds_no_dequantised_weight():

@@ -1,5 +1,6 @@
 // nf4_linear_fwd and nf4_linear_bwd for the CPU key: checks and the outputs.
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -38,6 +39,11 @@ Tensor unit_columns(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1
 
 Rows rows_of(const Tensor& t) { return Rows{t.const_data_ptr(), t.stride(0)}; }
 
+// Whether the user lets fp32 products round to bf16: what Torch's own ask on a CPU, whichever of its settings said so.
+bool rounds_to_bf16() {
+  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) == at::Float32Precision::BF16;
+}
+
 // weight(numel) checks the weight's tensors; `other` is the columns of the result.
 template <class Weight>
 Tensor product(const Tensor& left, const char* name, const OptionalTensor& bias, const OptionalTensor& addend, int64_t other,
@@ -65,6 +71,7 @@ Tensor product(const Tensor& left, const char* name, const OptionalTensor& bias,
   if (bias) f.bias = wide.const_data_ptr();
   f.out = out.mutable_data_ptr();
   f.threads = at::get_num_threads();
+  f.by_bf16 = f.dtype == Dtype::f32 && rounds_to_bf16();
   const Nf4LinearKernels& kernels = nf4_linear_kernels();
   (forward ? kernels.forward : kernels.backward)(f);
   return out;

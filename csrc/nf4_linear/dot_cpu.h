@@ -171,8 +171,8 @@ struct DotOf {
   using type = DotFloat;
 };
 #if defined(__AVX512BF16__)
-template <>
-struct DotOf<Kind<Dot2, bf16>> {
+template <class Store>
+struct DotOf<Kind<Dot2, Store>> {
   using type = DotBf16;
 };
 #endif
@@ -197,7 +197,7 @@ __attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const 
   constexpr bool early = PK_VECTOR_BYTES == 64;
   constexpr int per_chunk = kDotChunk / (2 * F::lanes), slots = 2 * H, steps = R * F::steps, Q = H * R;
   // A sum waits for itself as long as several others take. In as many chains alone as beside others: the same bits.
-  constexpr int chains = H * F::rows(H) < (early ? 8 : 4) ? 2 : 1;
+  constexpr int chains = early && H * F::rows(H) >= 8 ? 1 : 2;
   decltype(F::zero()) acc[chains][Q];
   PK_UNROLL
   for (int i = 0; i < chains * Q; ++i) (&acc[0][0])[i] = F::zero();

@@ -92,8 +92,8 @@ struct DownOf {
   using type = DownFloat;
 };
 #if defined(__AVX512BF16__)
-template <>
-struct DownOf<Kind<Dot2, bf16>> {
+template <class Store>
+struct DownOf<Kind<Dot2, Store>> {
   using type = DownBf16;
 };
 #endif

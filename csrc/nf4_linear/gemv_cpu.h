@@ -15,14 +15,13 @@ namespace peft_kernels {
 namespace PK_ISA {
 
 constexpr int64_t kGemvBlock = 512;   // rows of W whose sums are finished together
-constexpr int64_t kGemvRun = 64;      // chunks in a chain of sums, and of which scales are made at a time
 constexpr int64_t kGemvAhead = 8192;  // bytes fetched ahead, of all streams together
 
 template <class K>
 class Gemv {
   using F = typename DotOf<K>::type;
   using X = typename F::X;
-  static constexpr int64_t most_streams_ = 4;
+  static constexpr int64_t most_streams_ = 4, run_ = 2 * F::run;  // chunks in a chain, whose scales are made together
 
   const Nf4Linear f_;
   int64_t chunks_;
@@ -36,7 +35,7 @@ class Gemv {
         x_(arena.take<X>(f.threads * f.M * f.K)),
         row_(arena.take<X>(f.threads * f.K)),
         sums_(arena.take<float>(f.threads * f.M * kGemvBlock)),
-        scales_(arena.take<float>(f.threads * 2 * most_streams_ * kGemvRun)) {}
+        scales_(arena.take<float>(f.threads * 2 * most_streams_ * run_)) {}
 
   // By every thread of a team, each one part of W from end to end.
   void run() const {
@@ -57,7 +56,7 @@ class Gemv {
     if constexpr (H > 1)
       if (f_.M < H) return block<H - 1>(n, count, x, id);
     constexpr int S = F::rows(H);  // streams
-    float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * kGemvRun;
+    float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * run_;
     memset(sums, 0, H * kGemvBlock * sizeof(float));
     const int64_t part = count / S;
     rows<H, S>(n, part, x, sums, scales);
@@ -76,22 +75,22 @@ class Gemv {
     PK_UNROLL
     for (int s = 0; s < S; ++s) at[s] = (n + s * part) * chunks_;
     const auto make = [&](int s, int64_t first, int64_t count, int64_t turn) {
-      make_chunk_scales(f_.weight, first, count, made + (turn % 2 * S + s) * kGemvRun);
+      make_chunk_scales(f_.weight, first, count, made + (turn % 2 * S + s) * run_);
     };
-    for (int s = 0; s < S && part > 0 && !has_scales; ++s) make(s, at[s], min64(kGemvRun, chunks_), 0);
+    for (int s = 0; s < S && part > 0 && !has_scales; ++s) make(s, at[s], min64(run_, chunks_), 0);
     int64_t turn = 0;
     for (int64_t j = 0; j < part; ++j) {
-      for (int64_t c = 0; c < chunks_; c += kGemvRun, ++turn) {
-        const int64_t here = min64(kGemvRun, chunks_ - c), left = chunks_ - c - here;
+      for (int64_t c = 0; c < chunks_; c += run_, ++turn) {
+        const int64_t here = min64(run_, chunks_ - c), left = chunks_ - c - here;
         const int64_t next = left > 0 ? left : j + 1 < part ? chunks_ : 0;  // what is left of this row, or a row
         const uint8_t* packed[S];
         const float* scales[S];
         PK_UNROLL
         for (int s = 0; s < S; ++s) {
           packed[s] = f_.weight.packed + at[s] * (kDotChunk / 2);
-          scales[s] = has_scales ? f_.weight.absmax + at[s] : made + (turn % 2 * S + s) * kGemvRun;
+          scales[s] = has_scales ? f_.weight.absmax + at[s] : made + (turn % 2 * S + s) * run_;
           at[s] += here;
-          if (!has_scales) make(s, at[s], min64(kGemvRun, next), turn + 1);  // made at their use they would be waited for
+          if (!has_scales) make(s, at[s], min64(run_, next), turn + 1);  // made at their use they would be waited for
         }
         dot_tile<F, H, S>(f, packed, scales, kGemvAhead / S, here, x + c * kDotChunk * H, sums + j, kGemvBlock, part);
       }

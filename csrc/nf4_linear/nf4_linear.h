@@ -9,7 +9,8 @@
 namespace peft_kernels {
 
 // Products are made in the dtype of `left`, whatever the weight was quantised from: W [N, K] rounded to bf16 where the CPU
-// multiplies bf16, its fp32 values for every other 16-bit case. Sums are fp32 (fp64 for f64) and rounded once.
+// multiplies bf16, its fp32 values for every other 16-bit case. Sums are fp32 (fp64 for f64) and rounded once. With `by_bf16`
+// left and W of an fp32 product are rounded to bf16 too, where the CPU multiplies that.
 struct Nf4Linear {
   Dtype dtype;                 // of left, addend and out
   int64_t M, N, K;
@@ -19,6 +20,7 @@ struct Nf4Linear {
   Rows addend;                 // of out's shape, or null
   void* out = nullptr;         // forward: y [M, N] = x @ W.T + bias + addend; backward: dx [M, K] = dy @ W + addend
   int threads = 1;
+  bool by_bf16 = false;
 };
 
 struct Nf4LinearKernels {

@@ -56,28 +56,31 @@ static void backward(const Nf4Linear& f) {
   by_panels<K>(f, false);
 }
 
+// `run` for the kind of numbers of the product, as a value of its type.
+template <class Run>
+static void dispatch(const Nf4Linear& f, const Run& run) {
+  using Exact = Kind<Fma<float>, float>;
 #if defined(__AVX512BF16__)
-using BF16 = Kind<Dot2, bf16>;
+  using Rounded = Kind<Dot2, float>;
+  using BF16 = Kind<Dot2, bf16>;
 #else
-using BF16 = Kind<Fma<float>, bf16>;
+  using Rounded = Exact;
+  using BF16 = Kind<Fma<float>, bf16>;
 #endif
-
-static void dispatch_forward(const Nf4Linear& f) {
   switch (f.dtype) {
-    case Dtype::f32: return forward<Kind<Fma<float>, float>>(f);
-    case Dtype::f64: return forward<Kind<Fma<double>, double>>(f);
-    case Dtype::bf16: return forward<BF16>(f);
-    case Dtype::f16: return forward<Kind<Fma<float>, f16>>(f);
+    case Dtype::f32: return f.by_bf16 ? run(Rounded{}) : run(Exact{});
+    case Dtype::f64: return run(Kind<Fma<double>, double>{});
+    case Dtype::bf16: return run(BF16{});
+    case Dtype::f16: return run(Kind<Fma<float>, f16>{});
   }
 }
 
+static void dispatch_forward(const Nf4Linear& f) {
+  dispatch(f, [&](auto kind) { forward<decltype(kind)>(f); });
+}
+
 static void dispatch_backward(const Nf4Linear& f) {
-  switch (f.dtype) {
-    case Dtype::f32: return backward<Kind<Fma<float>, float>>(f);
-    case Dtype::f64: return backward<Kind<Fma<double>, double>>(f);
-    case Dtype::bf16: return backward<BF16>(f);
-    case Dtype::f16: return backward<Kind<Fma<float>, f16>>(f);
-  }
+  dispatch(f, [&](auto kind) { backward<decltype(kind)>(f); });
 }
 
 extern const Nf4LinearKernels nf4_linear_table;

@@ -68,8 +68,9 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         [..., N] in x's dtype (the autocast dtype under autocast).
 
     Saved for backward: the 4-bit weight if x requires grad; never x, and never a dequantised weight. The result has
-    the same bits every run; on a CPU the last ones may change with the number of threads. A second derivative raises
-    RuntimeError; `torch.func` transforms are not supported.
+    the same bits every run; on a CPU the last ones may change with the number of threads. Products of fp32 are exact in
+    fp32; after `torch.set_float32_matmul_precision("medium")` a CPU with AVX512-BF16 rounds their factors to bf16, and
+    sums in fp32 as before. A second derivative raises RuntimeError; `torch.func` transforms are not supported.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, naming the argument.
