@@ -1,6 +1,7 @@
 """The 4-bit linear's contenders: its floors, ours, bitsandbytes at its best on the same bytes, and PyTorch by hand."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ _SAMPLED_ROWS = 16
 @dataclass(frozen=True)
 class NF4LinearCase:
     """x [M, K] over a 4-bit weight [N, K] with double quantisation, and no bias. train: dx too; else under no_grad, as
-    decoding runs."""
+    decoding runs. precision: of fp32 products, for every contender; "medium" lets them round their factors to bf16."""
 
     M: int
     N: int
@@ -35,10 +36,12 @@ class NF4LinearCase:
     dtype: torch.dtype
     train: bool = False
     compiled: bool = False
+    precision: str = "highest"
 
     @property
     def label(self) -> str:
-        return f"M={self.M} N={self.N} K={self.K} step={'train' if self.train else 'decode'}"
+        asked = "" if self.precision == "highest" else f" precision={self.precision}"
+        return f"M={self.M} N={self.N} K={self.K} step={'train' if self.train else 'decode'}{asked}"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -60,7 +63,8 @@ SUITES = {
     "gpu": _cases((1, 4, 16, 64, 512), 4096, torch.bfloat16, train=(512, 2048, 8192))
     + [NF4LinearCase(1, 14336, 4096, torch.bfloat16), NF4LinearCase(8192, 14336, 4096, torch.bfloat16, True)],
     "tiny": _cases((1, 33), 128, torch.bfloat16, train=(33,)),  # bitsandbytes' CPU code needs whole blocks in a row
-    "cpu": _cases((1, 2, 4, 8, 64, 512), 4096, torch.float32, torch.bfloat16, train=(64, 512)),
+    "cpu": _cases((1, 2, 4, 8, 64, 512), 4096, torch.float32, torch.bfloat16, train=(64, 512))
+    + [replace(case, precision="medium") for case in _cases((1, 8, 64, 512), 4096, torch.float32)],
     "speed": _cases((1, 64), 512, torch.float32, torch.bfloat16),
 }
 
@@ -132,12 +136,20 @@ def bitsandbytes(case: NF4LinearCase, inputs: Inputs) -> Layer:
     return layer
 
 
+@contextmanager
+def _precision(case: NF4LinearCase) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(case.precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def step(case: NF4LinearCase, layer: Layer, inputs: Inputs) -> tuple[Tensor, ...]:
     """y, and dx where the case trains."""
     if case.train:
         y = layer(inputs.x)
         return y.detach(), *torch.autograd.grad(y, inputs.x, inputs.dy)
-    with torch.no_grad():
+    with torch.no_grad(), _precision(case):
         return (layer(inputs.x),)
 
 
@@ -148,19 +160,21 @@ def forward(layer: Layer, inputs: Inputs) -> Callable[[bool], tuple[Tensor, ...]
 
 def value_errors(case: NF4LinearCase, layer: Layer, inputs: Inputs, narrow: bool) -> dict[str, float]:
     """Worst |value - fp64 truth| / bound on sampled rows. `narrow` grants what bitsandbytes' CPU code does: values and
-    scales rounded to bf16 each, x and y too."""
+    scales rounded to bf16 each, x and y too; the precision "medium" grants the factors to everybody."""
     rows = torch.randperm(case.M, generator=torch.Generator().manual_seed(0))[:_SAMPLED_ROWS].to(inputs.x.device)
     y, *dx = step(case, layer, inputs)
-    values, dtype = bounds_nf4.values(inputs.weight).to(y.device), torch.bfloat16 if narrow else case.dtype
+    values = bounds_nf4.values(inputs.weight).to(y.device)
+    factor = torch.bfloat16 if narrow or case.precision == "medium" else case.dtype
     weight = bounds.Approx.exact(values)
-    for _ in range(2 if narrow else dtype.itemsize == 2):
-        weight = weight.rounded(dtype)
+    for _ in range(2 if narrow else factor.itemsize == 2):
+        weight = weight.rounded(factor)
     found = {}
     for name, value, left, right in (("y", y, inputs.x, weight.t), ("dx", dx and dx[0], inputs.dy, weight)):
         if name == "dx" and not case.train:
             continue
         left = bounds.Approx.exact(left[rows])
-        product = (left.rounded(dtype) if narrow else left).matmul(right, case.dtype).rounded(dtype)
+        left = left if factor == case.dtype else left.rounded(factor)
+        product = left.matmul(right, case.dtype).rounded(torch.bfloat16 if narrow else case.dtype)
         found[name] = worst(value[rows], product.value, product.error)
     return found
 
