@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
-#include "common/past_cache.h"
+#include "common/output_memory.h"
 #include "lora_linear/plan_cpu.h"
 
 namespace py = pybind11;
@@ -44,6 +44,11 @@ PYBIND11_MODULE(_C_cpu, m) {
       },
       py::arg("address"), py::arg("rows"), py::arg("row_bytes"),
       "Whether a kernel would write an output there past the caches: large, of whole lines, in memory that was used before.");
+  m.def(
+      "ask_for_huge_pages",
+      [](uintptr_t address, int64_t bytes) { return pk::ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"),
+      "Asks for huge pages for memory of an output, where that is large and was never written; returns whether.");
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = PEFT_KERNELS_TORCH_VERSION;

@@ -4,7 +4,7 @@
 
 #include "../common/activations_cpu.h"
 #include "../common/column_sum_cpu.h"
-#include "../common/past_cache.h"
+#include "../common/output_memory.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

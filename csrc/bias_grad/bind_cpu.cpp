@@ -7,6 +7,7 @@
 
 #include "../common/column_sum.h"
 #include "../common/cpu_isa.h"
+#include "../common/new_output.h"
 #include "act.h"
 
 namespace peft_kernels {
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor> relu_fwd(const Tensor& z) {
   f.dtype = dtype_of(z.scalar_type(), "relu_fwd", "z");
   TORCH_CHECK_VALUE(z.dim() == 2, "relu_fwd: z has shape ", z.sizes(), "; expected two dimensions, [M, N]");
   f.M = z.size(0), f.N = z.size(1), f.row = z.stride(0), f.col = z.stride(1);
-  Tensor y = at::empty({f.M, f.N}, z.options()), mask = at::empty({f.M, (f.N + 7) / 8}, z.options().dtype(at::kByte));
+  Tensor y = new_output({f.M, f.N}, z.options()), mask = at::empty({f.M, (f.N + 7) / 8}, z.options().dtype(at::kByte));
   if (y.numel() == 0) return {y, mask};
   f.z = z.const_data_ptr(), f.y = y.mutable_data_ptr(), f.mask = mask.mutable_data_ptr<uint8_t>();
   f.threads = at::get_num_threads();
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor> act_bwd(const Tensor& dy, const Tensor& kept_as_given
   f.M = dy.size(0), f.N = dy.size(1), f.dy_row = dy.stride(0), f.dy_col = dy.stride(1);
   f.kept_row = kept.stride(0), f.kept_col = kept.stride(1);
   const auto options = dy.options();
-  Tensor dz = need_dz || sums_of_dz ? at::empty({f.M, f.N}, options) : at::empty({0}, options);
+  Tensor dz = need_dz || sums_of_dz ? new_output({f.M, f.N}, options) : at::empty({0}, options);
   Tensor dbias = at::empty({need_dbias ? f.N : 0}, options.dtype(dtype));
   if (f.N > 0 && f.M == 0) dbias.zero_();
   if (dy.numel() > 0 && (need_dz || need_dbias)) {

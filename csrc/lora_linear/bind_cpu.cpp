@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "../common/new_output.h"
 #include "lora_linear.h"
 #include "plan_cpu.h"
 
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   const Tensor a = adapter(lora_a, x.scalar_type(), few), b = adapter(lora_b, x.scalar_type(), few);
   const Tensor bias_acc = bias ? bias->to(accumulator(x.scalar_type())).contiguous() : Tensor();
   const auto options = x.options().memory_format(at::MemoryFormat::Contiguous);
-  Tensor y = at::empty({M, N}, options);
+  Tensor y = new_output({M, N}, options);
   Tensor s = at::empty({M, R}, options);
   Tensor mask = seed ? at::empty({M, (K + 7) / 8}, options.dtype(at::kByte)) : at::empty({0}, options.dtype(at::kByte));
 
@@ -193,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Opti
 
   const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
   const auto out = [&](bool needed, at::IntArrayRef shape, at::ScalarType type, void** data) {
-    Tensor t = needed ? at::empty(shape, options.dtype(type)) : at::empty({0}, options);
+    Tensor t = needed ? new_output(shape, options.dtype(type)) : at::empty({0}, options);
     if (needed) *data = t.mutable_data_ptr();
     return t;
   };

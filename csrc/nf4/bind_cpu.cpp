@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../common/cpu_isa.h"
+#include "../common/new_output.h"
 #include "../common/nf4_checks.h"
 #include "nf4.h"
 
@@ -43,7 +44,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& weight, c10::string_view q
   f.dtype = dtype_of("nf4_quantize", weight.scalar_type(), "weight", false);
   f.numel = weight.numel(), f.blocksize = blocksize;
   const auto options = weight.options().memory_format(std::nullopt);
-  Tensor packed = at::empty({(f.numel + 1) / 2}, options.dtype(at::kByte));
+  Tensor packed = new_output({(f.numel + 1) / 2}, options.dtype(at::kByte));
   Tensor absmax = at::empty({(f.numel + blocksize - 1) / blocksize}, options.dtype(at::kFloat));
   if (f.numel == 0) return {packed, absmax};
   const Tensor values = weight.contiguous();
@@ -91,7 +92,7 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const Maybe& n
   Nf4Dequantize f;
   f.weight = nf4_weight(op, packed, absmax, nested_absmax, nested_code, nested_offset, quant_type, blocksize, numel);
   f.dtype = dtype_of(op, dtype, "dtype", true);
-  Tensor values = at::empty({numel}, packed.options().dtype(dtype));
+  Tensor values = new_output({numel}, packed.options().dtype(dtype));
   if (numel == 0) return values;
   f.out = values.mutable_data_ptr(), f.threads = at::get_num_threads();
   nf4_kernels().dequantize(f);

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../common/nf4_cpu.h"
-#include "../common/past_cache.h"
+#include "../common/output_memory.h"
 #include "nf4.h"
 
 namespace peft_kernels {

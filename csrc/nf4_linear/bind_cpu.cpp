@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "../common/cpu_isa.h"
+#include "../common/new_output.h"
 #include "../common/nf4_checks.h"
 #include "nf4_linear.h"
 
@@ -62,7 +63,7 @@ Tensor product(const Tensor& left, const char* name, const OptionalTensor& bias,
                     "nf4_linear: addend is ", addend ? addend->scalar_type() : left.scalar_type(), " ",
                     addend ? addend->sizes() : at::IntArrayRef(), "; expected ", left.scalar_type(), " [", f.M, ", ", other,
                     "]");
-  Tensor out = at::empty({f.M, other}, left.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = new_output({f.M, other}, left.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   const Tensor rows = unit_columns(left), added = addend ? unit_columns(*addend) : Tensor();
   const Tensor wide = bias ? bias->to(f.dtype == Dtype::f64 ? at::kDouble : at::kFloat).contiguous() : Tensor();

@@ -10,6 +10,7 @@
 
 #include "../common/column_sum.h"
 #include "../common/cpu_isa.h"
+#include "../common/new_output.h"
 #include "norm.h"
 
 namespace peft_kernels {
@@ -114,8 +115,8 @@ Forward norm_fwd(const Tensor& x, const Maybe& residual, const Maybe& weight, co
   if (f.dtype == Dtype::f64) return forward_f64(x, residual, weight, bias, eps, rms);
 
   const auto options = x.options(), wide = options.dtype(at::kFloat);
-  Tensor y = at::empty({f.M, f.K}, options.dtype(dtype));
-  Tensor total = residual ? at::empty({f.M, f.K}, options) : at::empty({0}, options);
+  Tensor y = new_output({f.M, f.K}, options.dtype(dtype));
+  Tensor total = residual ? new_output({f.M, f.K}, options) : at::empty({0}, options);
   Tensor mean = at::empty({rms ? 0 : f.M}, wide), rstd = at::empty({f.M}, wide);
   if (f.M == 0) return {y, total, mean, rstd};
   const Tensor weights = row_or(weight, 1, f.K, x), biases = row_or(bias, 0, f.K, x);
@@ -178,7 +179,7 @@ Backward norm_bwd(const Tensor& dy, const Maybe& dtotal, const Maybe& x, const M
 
   const int64_t none[] = {0}, row[] = {f.K};
   const auto out = [&](bool needed, at::IntArrayRef shape, at::ScalarType kind) {
-    return at::empty(needed ? shape : at::IntArrayRef(none), dy.options().dtype(kind));
+    return new_output(needed ? shape : at::IntArrayRef(none), dy.options().dtype(kind));
   };
   Tensor dx = out(need_dx, dy.sizes(), dx_dtype), dweight = out(need_dweight, row, dtype), dbias = out(need_dbias, row, dtype);
   if (f.M == 0) return {dx, dweight.zero_(), dbias.zero_()};

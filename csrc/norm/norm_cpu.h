@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../common/column_sum_cpu.h"
-#include "../common/past_cache.h"
+#include "../common/output_memory.h"
 #include "../common/vector_cpu.h"
 #include "norm.h"
 
