@@ -138,24 +138,33 @@ def bitsandbytes(case: NF4LinearCase, inputs: Inputs) -> Layer:
 
 @contextmanager
 def _precision(case: NF4LinearCase) -> Iterator[None]:
+    if case.precision == "highest":  # Torch's default: nothing to do in a step that is timed
+        yield
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.precision)
-    yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def step(case: NF4LinearCase, layer: Layer, inputs: Inputs) -> tuple[Tensor, ...]:
     """y, and dx where the case trains."""
-    if case.train:
+    with torch.set_grad_enabled(case.train), _precision(case):
         y = layer(inputs.x)
-        return y.detach(), *torch.autograd.grad(y, inputs.x, inputs.dy)
-    with torch.no_grad(), _precision(case):
-        return (layer(inputs.x),)
+        return (y.detach(), *torch.autograd.grad(y, inputs.x, inputs.dy)) if case.train else (y,)
 
 
-def forward(layer: Layer, inputs: Inputs) -> Callable[[bool], tuple[Tensor, ...]]:
-    y = layer(inputs.x)
-    return lambda keep: torch.autograd.grad(y, inputs.x, inputs.dy, retain_graph=keep)
+def forward(case: NF4LinearCase, layer: Layer, inputs: Inputs) -> Callable[[bool], tuple[Tensor, ...]]:
+    with _precision(case):
+        y = layer(inputs.x)
+
+    def backward(keep: bool) -> tuple[Tensor, ...]:
+        with _precision(case):
+            return torch.autograd.grad(y, inputs.x, inputs.dy, retain_graph=keep)
+
+    return backward
 
 
 def value_errors(case: NF4LinearCase, layer: Layer, inputs: Inputs, narrow: bool) -> dict[str, float]:
@@ -212,7 +221,7 @@ def contenders(case: NF4LinearCase, device: str, seed: int = 0) -> list[Contende
             narrow = build is bitsandbytes and not case.train and device == "cpu"
             contender.check = lambda layers=layers, narrow=narrow: value_errors(case, layers[0], sets[0], narrow)
         if case.train:
-            contender.forward = lambda i, layers=layers: forward(layers[i % len(sets)], sets[i % len(sets)])
+            contender.forward = lambda i, layers=layers: forward(case, layers[i % len(sets)], sets[i % len(sets)])
             held = *(t for t in sets[0].weight.tensors() if t is not None), sets[0].dense
             contender.saved = lambda layers=layers, held=held: saved_bytes(lambda: layers[0](sets[0].x), held)
     return found

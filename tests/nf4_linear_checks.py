@@ -189,7 +189,7 @@ def check_long_sums(runs: Runs, dtype: torch.dtype, device: str) -> None:
 
 def check_not_finite(runs: Runs, dtype: torch.dtype, device: str) -> None:
     """inf and NaN come out in their own rows and columns, and in no other."""
-    for M, N, K in ((3, 40, 128), (40, 70, 129)):
+    for M, N, K in ((1, 9, 128), (3, 40, 128), (8, 40, 128), (12, 40, 128), (40, 70, 129)):
         case = Case(M, N, K, dtype)
         data = inputs(case, device)
         data.x[0, 5], data.dy[0, 7] = torch.inf, torch.nan

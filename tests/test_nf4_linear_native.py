@@ -7,6 +7,7 @@ import bounds_nf4
 import nf4_linear_checks as checks
 import pytest
 import torch
+from guarded import guarded
 from nf4_linear_checks import DTYPES, Case, inputs
 
 from peft_kernels._core import native
@@ -43,8 +44,8 @@ def test_values(isa, check, dtype):
     check(RUNS, dtype, "cpu")
 
 
-# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 2, 3 or 4 and by stripes of 64, rows of x by 6
-# and by 4 MB, up to 12 at once; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more, and a rest.
+# A chunk is 64 elements of a row, a run 16 to 64 chunks; rows of W go by 1 to 4 and by stripes of 60 or 64, rows of x
+# by 6, up to 12 at once, and by 4 MB; panels are 8 to 64 columns, decoded 256 rows at a time: one less, one more.
 EDGES = [(M, N, 4096 + 64 * c) for M, N in ((1, 5), (2, 9), (7, 6)) for c in (-1, 0, 1, 65)]
 EDGES += [(M, N, 64) for M in (1, 4) for N in (1, 3, 4, 63, 64, 65, 127, 129, 260)]
 EDGES += [(M, N, 128) for M, N in ((3, 61), (5, 62), (6, 67), (7, 64), (8, 68), (9, 63), (10, 65), (12, 66), (13, 1))]
@@ -61,8 +62,9 @@ def test_edges(isa, threads, dtype):
         checks.check_forward(RUNS, replace(case, blocksize=256, quant_type="fp4"))
 
 
-# Of one or two rows of x: W in four streams of a thread's rows, up to 512 at a time, and 64 chunks to a chain of sums.
+# Of one or two rows of x: W in two or four streams of a thread's rows, up to 512 at a time; 32 or 64 chunks to a chain.
 STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032), (10, 4160), (6, 8256))]
+STREAMS += [(M, 9, K) for M in (1, 2, 3, 8) for K in (1984, 2048, 2112)]
 STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
 
 # A few rows of dy: rows of W by 16, whose sums join a total every 1024; columns by 2048 or a share of them; rows
@@ -101,8 +103,8 @@ def test_long_rows(isa, threads, dtype):
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
     sizes = (1, 67, 192), (2, 1100, 2240), (5, 130, 256), (7, 94, 2112), (8, 97, 192), (12, 130, 64), (70, 130, 77)
-    for size in sizes:
-        data, before = inputs(Case(*size, dtype)), torch.get_num_threads()
+    for nested, size in enumerate((*sizes, *sizes)):
+        data, before = inputs(Case(*size, dtype, nested=nested < len(sizes))), torch.get_num_threads()
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -111,18 +113,23 @@ def test_the_number_of_threads_changes_no_bit(isa, dtype):
         assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
 
 
-@pytest.fixture(params=["set_float32_matmul_precision", "mkldnn.matmul.fp32_precision"])
-def rounding(request):
-    """The user lets fp32 products round to bf16, by either of Torch's settings."""
+@pytest.fixture
+def precision():
+    """Torch's two settings for fp32 products, set back at the end."""
     matmul = torch.backends.mkldnn.matmul
     before, there = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    yield matmul
+    torch.set_float32_matmul_precision(before)
+    matmul.fp32_precision = there
+
+
+@pytest.fixture(params=["set_float32_matmul_precision", "mkldnn.matmul.fp32_precision"])
+def rounding(request, precision):
+    """The user lets fp32 products round to bf16, by either setting."""
     if request.param == "set_float32_matmul_precision":
         torch.set_float32_matmul_precision("medium")
     else:
-        matmul.fp32_precision = "bf16"
-    yield
-    matmul.fp32_precision = there
-    torch.set_float32_matmul_precision(before)
+        precision.fp32_precision = "bf16"
 
 
 SOME_ROWS = [(1, 67, 192), (2, 9, 4160), (8, 67, 128), (13, 70, 192), (40, 33, 65), (97, 9, 320)]
@@ -145,14 +152,35 @@ def test_fp32_rounds_to_bf16_where_the_user_lets_it(isa, rounding):
             bounds.assert_within(dx, *bounds_nf4.backward(data.dy, data.weight, data.dx_addend), f"dx of {size}")
 
 
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_fp32_is_exact_otherwise(isa, precision):
-    """A CPU has no TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+@pytest.mark.parametrize("asked", ["highest", "high", "medium, but no oneDNN"])
+def test_fp32_is_exact_otherwise(isa, precision, asked, monkeypatch):
+    """A CPU has no TF32; and where Torch's own products do not ask, ours do not."""
+    torch.set_float32_matmul_precision(asked.partition(",")[0])
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", "oneDNN" not in asked)
     for size in SOME_ROWS:
         checks.check(RUNS, Case(*size))
-    torch.set_float32_matmul_precision(before)
+
+
+def test_rounded_fp32_has_the_same_bits_on_every_number_of_threads(isa, rounding):
+    for size in SOME_ROWS:
+        data, before, found = inputs(Case(*size, nested=True)), torch.get_num_threads(), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beside_the_arguments_is_read(isa, threads, dtype):
+    for M in (1, 2, 3, 6, 8, 9, 13, 40):
+        for N, K, blocksize in ((7, 384, 64), (61, 64, 64), (67, 192, 256), (5, 71, 32)):
+            for nested in (False, True):
+                case = Case(M, N, K, dtype, blocksize=blocksize, nested=nested, bias=dtype, addend=True)
+                data = inputs(case)
+                for run, args in ((op.nf4_linear_fwd, data.fwd_args()), (op.nf4_linear_bwd, data.bwd_args())):
+                    beside = [guarded(t) if isinstance(t, torch.Tensor) else t for t in args]
+                    assert torch.equal(run(*beside), run(*args)), str(case)
 
 
 def test_a_call_holds_no_dequantised_weight():

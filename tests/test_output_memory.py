@@ -37,6 +37,14 @@ def test_fresh_pages_do_not(memory):
     assert _C.goes_past_cache(address, SIZE // ROW, ROW)
 
 
+@linux_only
+def test_pages_beside_an_output_say_nothing_of_it(memory):
+    address, view = memory
+    view[ROW : ROW + SIZE] = 1
+    assert _C.goes_past_cache(address + ROW, SIZE // ROW, ROW)
+    assert not _C.ask_for_huge_pages(address + ROW, SIZE)
+
+
 def test_small_and_ragged_outputs_do_not(memory):
     address, view = memory
     view[:] = 1
@@ -76,7 +84,7 @@ def _weight() -> pk.NF4Weight:
     return pk.nf4_quantize(torch.randn(2048, 64))
 
 
-# glibc has no memory kept for blocks above 32 MB. Each is an output of [8192, 2048] in fp32.
+# Each is an output of [8192, 2048] in fp32.
 LARGE = {
     "nf4_dequantize": lambda: pk.nf4_dequantize(pk.nf4_quantize(torch.zeros(8192, 2048)), torch.float32),
     "nf4_linear": lambda: pk.nf4_linear(torch.zeros(8192, 64), _weight()),
@@ -93,7 +101,11 @@ LARGE = {
 @huge_pages
 @pytest.mark.parametrize("name", LARGE)
 def test_large_outputs_of_an_op_ask_for_them(name):
-    y = LARGE[name]()
-    y = y[0] if isinstance(y, tuple) else y
-    assert y.nbytes == 64 << 20
-    assert asks_for_huge_pages(y.data_ptr() + y.nbytes // 2)
+    kept = []
+    for _ in range(8):  # an allocator may have kept memory for some of them
+        y = LARGE[name]()
+        kept.append(y[0] if isinstance(y, tuple) else y)
+        assert kept[-1].nbytes == 64 << 20
+        if asks_for_huge_pages(kept[-1].data_ptr() + kept[-1].nbytes // 2):
+            return
+    raise AssertionError("none of eight outputs lies in memory that asked for huge pages")

@@ -2,6 +2,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace peft_kernels {
@@ -10,14 +11,15 @@ namespace {
 
 constexpr int64_t kCacheKeeps = 16 << 20, kManyPages = 4 << 20;
 
-// Whether a page of an output has never been touched: of four of them, the first and the last one among them.
+// Whether a page of an output has never been touched: of four of those that lie in it whole, the first and the last among them.
 bool is_fresh([[maybe_unused]] const void* out, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kLargestPage = 64 << 10;
-  for (int64_t i = 0; i < 4; ++i) {
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out), first = (begin + page - 1) / page, end = (begin + bytes) / page;
+  for (uintptr_t i = 0; i < 4 && first < end; ++i) {
     unsigned char resident = 1;
-    const uintptr_t at = (reinterpret_cast<uintptr_t>(out) + (bytes - 1) / 3 * i) / kLargestPage * kLargestPage;
-    if (mincore(reinterpret_cast<void*>(at), 1, &resident) == 0 && (resident & 1) == 0) return true;
+    const uintptr_t at = first + (end - 1 - first) * i / 3;
+    if (mincore(reinterpret_cast<void*>(at * page), 1, &resident) == 0 && (resident & 1) == 0) return true;
   }
 #endif
   return false;

@@ -13,11 +13,11 @@
 namespace peft_kernels {
 
 // 16 MB and more in memory that was written before. row_bytes: rows must fill whole lines, as part of one would be written
-// by itself. Takes less than a microsecond.
+// by itself. Takes some microseconds.
 bool goes_past_cache(const void* out, int64_t rows, int64_t row_bytes);
 
 // Asks the system to give 4 MB and more of memory that was never written in huge pages, where it does not anyway; only those
-// that lie inside it whole, so that no more memory is taken. Returns whether it was asked.
+// that lie inside it whole, so that the output takes no more. Returns whether it was asked.
 bool ask_for_huge_pages(void* out, int64_t bytes);
 
 }  // namespace peft_kernels

@@ -42,7 +42,9 @@ Rows rows_of(const Tensor& t) { return Rows{t.const_data_ptr(), t.stride(0)}; }
 
 // Whether the user lets fp32 products round to bf16: what Torch's own ask on a CPU, whichever of its settings said so.
 bool rounds_to_bf16() {
-  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) == at::Float32Precision::BF16;
+  const auto& context = at::globalContext();
+  return context.userEnabledMkldnn() &&
+         context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) == at::Float32Precision::BF16;
 }
 
 // weight(numel) checks the weight's tensors; `other` is the columns of the result.

@@ -4,7 +4,7 @@
 // A chunk of 64 elements of a row of W is 32 bytes under one scale. Widened to lanes, the bytes are the indices of its odd
 // elements, and shifted down by four of its even ones: a permute looks at no bit above its table. So nothing is unpacked; it is
 // the rows of x that are kept in that order, evens and odds apart. The table is level * scale, made once per chunk, in bf16
-// rounded as the whole W would be.
+// rounded as the whole W would be (but for subnormal numbers, which the products take for zeros anyway).
 #pragma once
 
 #include "../common/low_rank_cpu.h"
@@ -24,7 +24,6 @@ static inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-static inline float sum_lanes(__m512 v) { return _mm512_reduce_add_ps(v); }
 #else
 static inline float sum_lanes(__m256 v) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -33,22 +32,28 @@ static inline float sum_lanes(__m256 v) {
 }
 #endif
 
-// *to(i) += the lanes of sum i of Q.
-template <int Q, class Sum, class To>
-PK_INLINE static void add_sums(const Sum* acc, const To& to) {
+// sums[h * sums_ld + r * sums_step] += the lanes of sum h * R + r, for H rows of x and R of W.
+template <int H, int R, class Sum>
+PK_INLINE static void add_sums(const Sum* acc, float* sums, int64_t sums_ld, int64_t sums_step = 1) {
 #if defined(__AVX512F__)
-  float found[(Q + 3) / 4 * 4];
+  constexpr int last = H * R - 1;
+  alignas(16) float found[H * R + 3];
   PK_UNROLL
-  for (int i = 0; i < Q; i += 4) {
-    const int last = Q - 1;
-    _mm_storeu_ps(found + i, sum_lanes(acc[i], acc[i < last ? i + 1 : last], acc[i + 1 < last ? i + 2 : last],
-                                       acc[i + 2 < last ? i + 3 : last]));
+  for (int i = 0; i < H * R; i += 4) {
+    const __m128 four = sum_lanes(acc[i], acc[i < last ? i + 1 : last], acc[i + 1 < last ? i + 2 : last],
+                                  acc[i + 2 < last ? i + 3 : last]);
+    float* to = sums + i / R * sums_ld;
+    if (R == 4 && sums_step == 1)
+      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+    else
+      _mm_storeu_ps(found + i, four);
   }
+  if (R == 4 && sums_step == 1) return;
   PK_UNROLL
-  for (int i = 0; i < Q; ++i) *to(i) += found[i];
+  for (int i = 0; i < H * R; ++i) sums[i / R * sums_ld + i % R * sums_step] += found[i];
 #else
   PK_UNROLL
-  for (int i = 0; i < Q; ++i) *to(i) += sum_lanes(acc[i]);
+  for (int i = 0; i < H * R; ++i) sums[i / R * sums_ld + i % R * sums_step] += sum_lanes(acc[i]);
 #endif
 }
 
@@ -195,6 +200,7 @@ __attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const 
                                                int64_t ahead, int64_t chunks, const typename F::X* x, float* sums,
                                                int64_t sums_ld, int64_t sums_step = 1) {
   constexpr bool early = PK_VECTOR_BYTES == 64;
+  static_assert(kDotChunk % (2 * F::lanes) == 0, "a chunk is a whole number of units");
   constexpr int per_chunk = kDotChunk / (2 * F::lanes), slots = 2 * H, steps = R * F::steps, Q = H * R;
   // A sum waits for itself as long as several others take. In as many chains alone as beside others: the same bits.
   constexpr int chains = early && H * F::rows(H) >= 8 ? 1 : 2;
@@ -238,7 +244,7 @@ __attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const 
   }
   PK_UNROLL
   for (int i = 0; i < Q && chains == 2; ++i) acc[0][i] = acc[0][i] + acc[chains - 1][i];
-  add_sums<Q>(acc[0], [&](int i) { return sums + i / R * sums_ld + i % R * sums_step; });
+  add_sums<H, R>(acc[0], sums, sums_ld, sums_step);
 }
 
 }  // namespace PK_ISA

@@ -15,14 +15,13 @@ namespace peft_kernels {
 namespace PK_ISA {
 
 constexpr int64_t kScalesAhead = 4;  // rows of W
-constexpr int64_t kWholeTiles = 12;  // rows of W: tiles of 2, 3 and 4
+constexpr int64_t kWholeTiles = 12, kPackedStripe = 60;  // rows of W: tiles of 1, 2, 3 and 4; whose sums are finished together
 
 template <class K>
 class OnTheWay {
   using F = typename DotOf<K>::type;
   using X = typename F::X;
-  static_assert(kDotChunk % (2 * F::lanes) == 0, "a chunk is a whole number of units");
-  static constexpr int64_t sums_row_ = kStripe + 4;  // a tile may end beyond the stripe
+  static constexpr int64_t sums_row_ = kPackedStripe + 4;  // the last tile may end beyond the stripe
 
   const Nf4Linear& f_;
   int64_t chunks_, stripe_, sums_ld_, scales_ld_;
@@ -33,13 +32,13 @@ class OnTheWay {
  public:
   static constexpr int64_t most = F::height;  // rows of x
 
-  // Threads write pages apart: a core fetches ahead to the end of a page what another may be about to write.
+  // Threads write sums and scales pages apart: a core fetches ahead to the end of a page what another may be about to write.
   OnTheWay(Arena& arena, const Nf4Linear& f)
       : f_(f),
         chunks_(f.K / kDotChunk),
-        stripe_(min64(kStripe, round_up(ceil_div(f.N, f.threads), kWholeTiles))),
+        stripe_(min64(kPackedStripe, round_up(ceil_div(f.N, f.threads), kWholeTiles))),
         sums_ld_(f.M * sums_row_ + kPage / 4),
-        scales_ld_(kStripe * chunks_ + kPage / 4),
+        scales_ld_(kPackedStripe * chunks_ + kPage / 4),
         x_(arena.take<X>(f.M * f.K)),
         row_(arena.take<X>(f.threads * f.K)),
         sums_(arena.take<float>(f.threads * sums_ld_)),
@@ -65,6 +64,7 @@ class OnTheWay {
     if constexpr (H > 1)
       if (f_.M < H) return stripe<H - 1>(n0, count, id);
     constexpr int R = F::rows(H);
+    static_assert(kWholeTiles % R == 0 && kPackedStripe % kWholeTiles == 0 && R <= 4);
     const F f(nf4_levels(f_.weight));
     const bool has_scales = has_chunk_scales(f_.weight);
     float* const made = scales_ + id * scales_ld_;

@@ -56,6 +56,7 @@ class Gemv {
     if constexpr (H > 1)
       if (f_.M < H) return block<H - 1>(n, count, x, id);
     constexpr int S = F::rows(H);  // streams
+    static_assert(S <= most_streams_);
     float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * run_;
     memset(sums, 0, H * kGemvBlock * sizeof(float));
     const int64_t part = count / S;

@@ -13,7 +13,7 @@ namespace peft_kernels {
 // left and W of an fp32 product are rounded to bf16 too, where the CPU multiplies that.
 struct Nf4Linear {
   Dtype dtype;                 // of left, addend and out
-  int64_t M, N, K;
+  int64_t M, N, K;             // M > 0; N > 0 forward, K > 0 backward
   Rows left;                   // forward: x [M, K]; backward: dy [M, N]
   Nf4Weight weight;
   const void* bias = nullptr;  // forward: [N] fp32 (fp64 for f64), or null

@@ -14,8 +14,8 @@ constexpr int kTallTile = 12;
 // former is 6 % faster at 32 rows and 5 % at 96, in fp32 5 % slower at 64, where x alone fills the second cache.
 constexpr int64_t kShortStripBytes = int64_t{768} << 10;
 
-// Up to so many rows of x each thread reads several streams of W at once. Measured on the same cores with W in the last cache:
-// 0.6 of the time of one stream at one row, 0.8 at two in fp32; from three on level or slower, as the sums fill the registers.
+// Up to so many rows of x each thread reads several streams of W at once. Measured on the same cores with W from memory, in bf16:
+// 0.8 of the time of one stream at one row and 0.85 at two; from three rows on, products take longer than the bytes.
 constexpr int64_t kGemvRows = 2;
 
 // Up to so many rows of dy the backward decodes W in registers, for every 4 to 8 of them; from there on into packed panels.

@@ -25,7 +25,6 @@ class ByStrips {
   using F = typename DotOf<K>::type;
   using X = typename F::X;
   static constexpr int R_ = F::strip_rows;
-  static_assert(kDotChunk % (2 * F::lanes) == 0, "a chunk is a whole number of units");
   static_assert(kStripe % R_ == 0, "sums of rows that do not exist stay in their row of sums");
 
   const Nf4Linear& f_;

@@ -55,25 +55,10 @@ static inline void multiply_tile(const typename F::X* w, int64_t chunks, const t
   int64_t c = 0;
   for (; c + 2 <= chunks; c += 2) fetcher.some(), chunk(c), chunk(c + 1);
   if (c < chunks) chunk(c);
-  if constexpr (chains == 2) {
-    PK_UNROLL
-    for (int i = 0; i < H * R; ++i) acc[i][0] = acc[i][0] + acc[i][1];
-  }
-#if defined(__AVX512F__)
-  static_assert(R == 4, "the sums of a row of x are one vector");
+  decltype(F::zero()) whole[H * R];
   PK_UNROLL
-  for (int h = 0; h < H; ++h) {
-    const auto* row = acc + h * R;
-    const __m128 four = sum_lanes(row[0][0], row[1][0], row[2][0], row[3][0]);
-    _mm_storeu_ps(sums + h * sums_ld, _mm_add_ps(_mm_loadu_ps(sums + h * sums_ld), four));
-  }
-#else
-  PK_UNROLL
-  for (int h = 0; h < H; ++h) {
-    PK_UNROLL
-    for (int r = 0; r < R; ++r) sums[h * sums_ld + r] += sum_lanes(acc[h * R + r][0]);
-  }
-#endif
+  for (int i = 0; i < H * R; ++i) whole[i] = chains == 2 ? acc[i][0] + acc[i][chains - 1] : acc[i][0];
+  add_sums<H, R>(whole, sums, sums_ld);
 }
 
 // `chunks` chunks of R rows of W, packed as rows of x are.

@@ -68,8 +68,9 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         [..., N] in x's dtype (the autocast dtype under autocast).
 
     Saved for backward: the 4-bit weight if x requires grad; never x, and never a dequantised weight. The result has
-    the same bits every run; on a CPU the last ones may change with the number of threads. Products of fp32 are exact in
-    fp32; after `torch.set_float32_matmul_precision("medium")` a CPU with AVX512-BF16 rounds their factors to bf16, and
+    the same bits every run, on a CPU with the C++ kernels on any number of threads. fp32 is multiplied in fp32; where
+    Torch lets its own products on a CPU round to bf16 (`torch.set_float32_matmul_precision("medium")`, or
+    `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`), one with AVX512-BF16 rounds x and the weight to it, and
     sums in fp32 as before. A second derivative raises RuntimeError; `torch.func` transforms are not supported.
 
     Raises:
