@@ -58,9 +58,11 @@ def version(package: str) -> str:
 
 
 def cpu_model() -> str:
+    """The CPU's name. On x86 its family and model too: a virtual machine may call every generation of a maker alike."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    facts = dict(re.findall(r"^([a-z ]+?)\s*:\s*(.+)$", info.read_text(), re.M)) if info.exists() else {}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']} model {facts['model']})" if "cpu family" in facts else name
 
 
 def cpu_isa() -> str:
