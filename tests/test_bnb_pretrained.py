@@ -156,3 +156,27 @@ def test_a_part_of_a_model_quantised_by_hand_is_for_save_quantized(tmp_path):
     pk.save_quantized(model, tmp_path)
     assert settings_of(tmp_path)["llm_int8_skip_modules"] == ["lm_head"]
     assert_same_states(read(tmp_path).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("way", ["quantize", "inject"])
+def test_a_config_shared_by_two_models_tells_them_apart(way, tmp_path):
+    """Built from one object, one is dense and one in 4 bits, then the other way round."""
+    config = plain().config
+    dense, small_one = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
+    assert dense.config is small_one.config
+    if way == "quantize":
+        pk.quantize(small_one)
+    else:
+        pk.inject(small_one, pk.LoraConfig(r=2, target_modules="all-linear", base="nf4"))
+    assert all(m.config is small_one.config for m in small_one.modules() if hasattr(m, "config"))
+    dense.save_pretrained(tmp_path / "dense")
+    small_one.save_pretrained(tmp_path / "small")
+    assert settings_of(tmp_path / "dense") is None and settings_of(tmp_path / "small")["load_in_4bit"]
+    assert not small(read(tmp_path / "dense")) and small(read(tmp_path / "small"))
+    other = pk.quantize(transformers.AutoModelForCausalLM.from_config(small_one.config))
+    pk.dequantize(other)
+    other.save_pretrained(tmp_path / "other")
+    small_one.save_pretrained(tmp_path / "small")
+    assert settings_of(tmp_path / "other") is None and settings_of(tmp_path / "small")["load_in_4bit"]
+    small_one.config.use_cache = False
+    assert small_one.model.config.use_cache is False, "the model's modules read another config"

@@ -1,5 +1,6 @@
 """What a Hugging Face config says of 4-bit layers, so that from_pretrained loads what save_pretrained wrote."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -64,17 +65,27 @@ def kept_wide(model: nn.Module) -> set[str]:
     return {name for one in _outermost(model) for name in getattr(one, "_keep_in_fp32_modules", None) or ()}
 
 
+def _own_config(model: nn.Module) -> Any:
+    """A config that no other model holds: those built from one object share it, and one alone has 4-bit layers."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
+
+
 def describe_four_bits(model: nn.Module) -> None:
     """Bring config.quantization_config of every transformers model in here up to date; others have none.
 
-    A setting that transformers itself made is left as it is. The config is the model's own object, as it is where
-    transformers quantises: another model that was built from the same object is saved with that setting too.
+    A setting that transformers itself made is left as it is. Where it changes, the model has a config of its own from
+    then on: what is written to `model.config` reaches its modules as before, and no other model.
     """
     for pretrained in _outermost(model):
         settings = getattr(pretrained.config, "quantization_config", None)
         if settings is not None and not isinstance(settings, dict):
             continue
         if four_bit_layers(pretrained):
-            pretrained.config.quantization_config = quantization_config(pretrained)
+            if settings != (found := quantization_config(pretrained)):
+                _own_config(pretrained).quantization_config = found
         elif settings is not None and settings.get("load_in_4bit"):
-            del pretrained.config.quantization_config
+            del _own_config(pretrained).quantization_config
