@@ -103,12 +103,14 @@ gpu: $(VENV)/.gpu
 	  $(if $(TUNE),--tune) $(ARGS)
 
 # Every kind of kernel once. The LoRA linear's: plain, masked, several tiles and row parts, ranks on both sides of 32.
-SANITIZED := (16_bytes and round_trip and (2100 or r64)) or check_layouts or check_sizes
+SANITIZED := (16_bytes and round_trip and (2100 or r64)) or check_layouts or check_sizes or check_quantize_sizes \
+  or check_scales or check_dequantize
 
 sanitize: $(VENV)/.gpu
 	$(PIP) install --no-build-isolation --no-index --no-deps -e .
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(PY) -m pytest -q -x -p benchmarks.device_tests \
 	  --implementation 'op[cuda]' tests/test_lora_linear.py tests/test_bias_grad.py tests/test_bias_act.py tests/test_norm.py \
+  tests/test_nf4.py tests/test_nf4_linear.py \
 	  -k "$(SANITIZED)" $(ARGS)
 
 clean:
