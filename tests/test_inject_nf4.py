@@ -224,6 +224,7 @@ def test_coverage_names_the_kernel_of_every_layer():
     with pk.disable_adapter(model):
         row = next(row for row in pk.coverage(model) if row.module == adapted.module)
     assert row.path == "nf4 linear" and "adapters disabled" in row.reason
+    assert "21 of 22 linear layers run qlora_linear" in str(pk.coverage(with_adapters()))
 
 
 def test_counts_what_the_four_bits_stand_for():

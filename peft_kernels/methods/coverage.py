@@ -174,7 +174,7 @@ def coverage(model: nn.Module) -> Coverage:
     biases = bias_adapter(model)
     if biases is not None:
         return Coverage(_biases(model, biases), "{} of {} layers with biases that train run our kernels")
-    rows, others, bypassed = [], [], read_by_parents(model)
+    rows, others, primitives, bypassed = [], [], set(), read_by_parents(model)
     parts = [part for part in model.modules() if bias_adapter(part) is not None]
     seen = {id(module) for part in parts for module in part.modules() if module is not part}
     for name, module in walk(model):
@@ -188,6 +188,7 @@ def coverage(model: nn.Module) -> Coverage:
             others += found
         elif isinstance(module, RunsLoRALinear):
             rows.append(Row(name, *_fused(module)))
+            primitives.add("lora_linear" if _small(module) is None else "qlora_linear")
         elif isinstance(module, NF4Linear):
             why = f"no adapter: {_left_out(model, name, module, bypassed)}" if configs(model) else ""
             rows.append(Row(name, *_four_bits(module, why)))
@@ -198,5 +199,6 @@ def coverage(model: nn.Module) -> Coverage:
             rows.append(Row(name, "torch", "linear", "trains whole (modules_to_save)"))
         elif is_linear(module):
             rows.append(Row(name, "torch", "linear", _left_out(model, name, module, bypassed)))
-    alone = all(row.kernel == "torch" for row in others)
-    return Coverage(rows, "{} of {} linear layers run lora_linear" if alone else "{} of {} layers run our kernels")
+    if any(row.kernel != "torch" for row in others):
+        return Coverage(rows, "{} of {} layers run our kernels")
+    return Coverage(rows, "{} of {} linear layers run " + (" or ".join(sorted(primitives)) or "lora_linear"))
