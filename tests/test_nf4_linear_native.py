@@ -62,7 +62,8 @@ def test_edges(isa, threads, dtype):
         checks.check_forward(RUNS, replace(case, blocksize=256, quant_type="fp4"))
 
 
-# Of one or two rows of x: W in two or four streams of a thread's rows, up to 512 at a time; 32 or 64 chunks to a chain.
+# Of one or two rows of x: W in two or four streams of a thread's rows, up to 512 at a time; 32 or 64 chunks to a chain, which
+# may end in another group of 256 scales than it begins in, with 64 and with 128 elements to a scale.
 STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032), (10, 4160), (6, 8256))]
 STREAMS += [(M, 9, K) for M in (1, 2, 3, 8) for K in (1984, 2048, 2112)]
 STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
@@ -78,6 +79,7 @@ def test_streams(isa, threads, dtype):
     for size in STREAMS:
         case = Case(*size, dtype, nested=size[1] % 2 == 0, bias=dtype, addend=size[0] == 2)
         checks.check_forward(RUNS, case)
+        checks.check_forward(RUNS, replace(case, blocksize=128))
         checks.check_forward(RUNS, replace(case, blocksize=1024, quant_type="fp4", layout="rows"))
 
 
@@ -103,14 +105,19 @@ def test_long_rows(isa, threads, dtype):
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     """Sums are never shared among threads."""
     sizes = (1, 67, 192), (2, 1100, 2240), (5, 130, 256), (7, 94, 2112), (8, 97, 192), (12, 130, 64), (70, 130, 77)
-    for nested, size in enumerate((*sizes, *sizes)):
-        data, before = inputs(Case(*size, dtype, nested=nested < len(sizes))), torch.get_num_threads()
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
-        torch.set_num_threads(before)
-        assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+    for size in sizes:
+        for nested in (False, True):
+            assert_same_bits(Case(*size, dtype, nested=nested))
+
+
+def assert_same_bits(case: Case) -> None:
+    """Of y and dx, on every number of threads."""
+    data, before, found = inputs(case), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True)), str(case)
 
 
 @pytest.fixture
@@ -163,12 +170,7 @@ def test_fp32_is_exact_otherwise(isa, precision, asked, monkeypatch):
 
 def test_rounded_fp32_has_the_same_bits_on_every_number_of_threads(isa, rounding):
     for size in SOME_ROWS:
-        data, before, found = inputs(Case(*size, nested=True)), torch.get_num_threads(), []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append((op.nf4_linear_fwd(*data.fwd_args()), op.nf4_linear_bwd(*data.bwd_args())))
-        torch.set_num_threads(before)
-        assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+        assert_same_bits(Case(*size, nested=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -192,13 +192,17 @@ static inline void decode_unit(const F& f, const uint8_t* packed, float scale, t
 }
 
 // sums[h * sums_ld + r * sums_step] += x[h] . W[r] over `chunks` chunks, for H rows of x, packed as in tiles_cpu.h, and R of W as
-// they are stored: row r at packed[r] under scales[r]. With registers enough, the next unit is decoded while one is multiplied,
-// step by step in between: permutes and products are made by different parts of a core, but not while one waits in line
-// behind the other.
-template <class F, int H, int R>
-__attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const (&packed)[R], const float* const (&scales)[R],
-                                               int64_t ahead, int64_t chunks, const typename F::X* x, float* sums,
-                                               int64_t sums_ld, int64_t sums_step = 1) {
+// they are stored: row r from chunk rows[r] of `stored` on (scales_cpu.h). With registers enough, the next unit is decoded while
+// one is multiplied, step by step in between: permutes and products are made by different parts of a core, but not while one
+// waits in line behind the other.
+template <class F, int H, int R, class Stored>
+__attribute__((noinline)) static void dot_tile(const F& f, const Stored& stored, const int64_t (&rows)[R], int64_t ahead,
+                                               int64_t chunks, const typename F::X* x, float* sums, int64_t sums_ld,
+                                               int64_t sums_step = 1) {
+  const Stored w = stored;
+  int64_t first[R];  // numbers, not pointers to bytes and to scales: twice as many are not all kept in registers
+  PK_UNROLL
+  for (int r = 0; r < R; ++r) first[r] = rows[r];
   constexpr bool early = PK_VECTOR_BYTES == 64;
   static_assert(kDotChunk % (2 * F::lanes) == 0, "a chunk is a whole number of units");
   constexpr int per_chunk = kDotChunk / (2 * F::lanes), slots = 2 * H, steps = R * F::steps, Q = H * R;
@@ -211,7 +215,8 @@ __attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const 
   typename F::Vector v[R][2];
   const auto decode = [&](int64_t chunk, int u, int step) {
     const int r = step / F::steps;
-    f.step(step % F::steps, packed[r] + chunk * (kDotChunk / 2) + u * F::lanes, scales[r][chunk], u == 0, unit[r]);
+    const int64_t i = first[r] + chunk;
+    f.step(step % F::steps, w.packed + i * (kDotChunk / 2) + u * F::lanes, w.scale(r, i), u == 0, unit[r]);
   };
   PK_UNROLL
   for (int step = 0; step < (early ? steps : 0); ++step) decode(0, 0, step);
@@ -219,7 +224,7 @@ __attribute__((noinline)) static void dot_tile(const F& f, const uint8_t* const 
     const int64_t next = c + 1 < chunks ? c + 1 : c;  // what follows the last one is not there to be read
     if (c % 2 == 0) {
       PK_UNROLL
-      for (int r = 0; r < R; ++r) __builtin_prefetch(packed[r] + c * (kDotChunk / 2) + ahead);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(w.packed + (first[r] + c) * (kDotChunk / 2) + ahead);
     }
     PK_UNROLL
     for (int u = 0; u < per_chunk; ++u) {

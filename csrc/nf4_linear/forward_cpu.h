@@ -68,7 +68,7 @@ class OnTheWay {
     const F f(nf4_levels(f_.weight));
     const bool has_scales = has_chunk_scales(f_.weight);
     float* const made = scales_ + id * scales_ld_;
-    const float* all = has_scales ? f_.weight.absmax + n0 * chunks_ : made;
+    const ScaledChunks stored{f_.weight.packed + n0 * (f_.K / 2), has_scales ? f_.weight.absmax + n0 * chunks_ : made, 0};
     int64_t ready = has_scales ? count : 0;  // rows whose scales are there
     float* sums = sums_ + id * sums_ld_;
     memset(sums, 0, H * sums_row_ * sizeof(float));
@@ -80,15 +80,10 @@ class OnTheWay {
       ready = ready < until ? until : ready;
       constexpr int64_t run = 2 * F::run;
       for (int64_t c = 0; c < chunks_; c += run) {
-        const uint8_t* packed[R];
-        const float* scales[R];
+        int64_t at[R];
         PK_UNROLL
-        for (int r = 0; r < R; ++r) {  // of rows that do not exist the last one stands for
-          const int64_t at = min64(n + r, count - 1) * chunks_ + c;
-          packed[r] = f_.weight.packed + (n0 * chunks_ + at) * (kDotChunk / 2), scales[r] = all + at;
-        }
-        dot_tile<F, H, R>(f, packed, scales, R * (f_.K / 2), min64(run, chunks_ - c), x_ + c * kDotChunk * H, sums + n,
-                          sums_row_);
+        for (int r = 0; r < R; ++r) at[r] = min64(n + r, count - 1) * chunks_ + c;  // the last row stands for those beyond it
+        dot_tile<F, H, R>(f, stored, at, R * (f_.K / 2), min64(run, chunks_ - c), x_ + c * kDotChunk * H, sums + n, sums_row_);
       }
     }
     for (int64_t m = 0; m < H; ++m) nf4_finish<K>(f_, sums + m * sums_row_, m, n0, count, f_.N);

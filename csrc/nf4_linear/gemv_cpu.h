@@ -21,12 +21,13 @@ template <class K>
 class Gemv {
   using F = typename DotOf<K>::type;
   using X = typename F::X;
-  static constexpr int64_t most_streams_ = 4, run_ = 2 * F::run;  // chunks in a chain, whose scales are made together
+  static constexpr int64_t most_streams_ = 4, run_ = 2 * F::run;  // chunks in a chain
+  static_assert(run_ <= kNestedBlock, "a chain begins in one group and ends in it or in the next");
 
   const Nf4Linear f_;
   int64_t chunks_;
   X *x_, *row_;
-  float *sums_, *scales_;
+  float *sums_, *tables_;
 
  public:
   Gemv(Arena& arena, const Nf4Linear& f)
@@ -35,7 +36,7 @@ class Gemv {
         x_(arena.take<X>(f.threads * f.M * f.K)),
         row_(arena.take<X>(f.threads * f.K)),
         sums_(arena.take<float>(f.threads * f.M * kGemvBlock)),
-        scales_(arena.take<float>(f.threads * 2 * most_streams_ * run_)) {}
+        tables_(arena.take<float>(f.threads * most_streams_ * CodedChunks::row_tables)) {}
 
   // By every thread of a team, each one part of W from end to end.
   void run() const {
@@ -57,11 +58,11 @@ class Gemv {
       if (f_.M < H) return block<H - 1>(n, count, x, id);
     constexpr int S = F::rows(H);  // streams
     static_assert(S <= most_streams_);
-    float *sums = sums_ + id * f_.M * kGemvBlock, *scales = scales_ + id * 2 * most_streams_ * run_;
+    float *sums = sums_ + id * f_.M * kGemvBlock, *tables = tables_ + id * most_streams_ * CodedChunks::row_tables;
     memset(sums, 0, H * kGemvBlock * sizeof(float));
     const int64_t part = count / S;
-    rows<H, S>(n, part, x, sums, scales);
-    rows<H, 1>(n + S * part, count - S * part, x, sums + S * part, scales);
+    rows<H, S>(n, part, x, sums, tables);
+    rows<H, 1>(n + S * part, count - S * part, x, sums + S * part, tables);
     for (int64_t m = 0; m < H; ++m)
       for (int64_t j = 0; j < count; j += 64)
         nf4_finish<K>(f_, sums + m * kGemvBlock + j, m, n + j, min64(64, count - j), f_.N);
@@ -69,31 +70,30 @@ class Gemv {
 
   // sums[h * kGemvBlock + j] += x[h] . W[n + j] for S times `part` rows of W.
   template <int H, int S>
-  void rows(int64_t n, int64_t part, const X* x, float* sums, float* made) const {
+  void rows(int64_t n, int64_t part, const X* x, float* sums, float* tables) const {
+    const Nf4Weight& w = f_.weight;
+    const int shift = __builtin_ctzll(w.blocksize / kDotChunk);
+    if (w.absmax)
+      products<H, S>(ScaledChunks{w.packed, w.absmax, shift}, n, part, x, sums, [](int, int64_t, int64_t) {});
+    else
+      products<H, S>(CodedChunks{w.packed, w.absmax8, tables, shift}, n, part, x, sums, CodeTables<S>(w, shift, tables));
+  }
+
+  // prepare(s, begin, end) is called before stream s comes to these chunks.
+  template <int H, int S, class Stored, class Prepare>
+  void products(const Stored& stored, int64_t n, int64_t part, const X* x, float* sums, Prepare prepare) const {
     const F f(nf4_levels(f_.weight));
-    const bool has_scales = has_chunk_scales(f_.weight);
     int64_t at[S];  // a stream's place, in chunks
     PK_UNROLL
     for (int s = 0; s < S; ++s) at[s] = (n + s * part) * chunks_;
-    const auto make = [&](int s, int64_t first, int64_t count, int64_t turn) {
-      make_chunk_scales(f_.weight, first, count, made + (turn % 2 * S + s) * run_);
-    };
-    for (int s = 0; s < S && part > 0 && !has_scales; ++s) make(s, at[s], min64(run_, chunks_), 0);
-    int64_t turn = 0;
     for (int64_t j = 0; j < part; ++j) {
-      for (int64_t c = 0; c < chunks_; c += run_, ++turn) {
-        const int64_t here = min64(run_, chunks_ - c), left = chunks_ - c - here;
-        const int64_t next = left > 0 ? left : j + 1 < part ? chunks_ : 0;  // what is left of this row, or a row
-        const uint8_t* packed[S];
-        const float* scales[S];
+      for (int64_t c = 0; c < chunks_; c += run_) {
+        const int64_t here = min64(run_, chunks_ - c);
         PK_UNROLL
-        for (int s = 0; s < S; ++s) {
-          packed[s] = f_.weight.packed + at[s] * (kDotChunk / 2);
-          scales[s] = has_scales ? f_.weight.absmax + at[s] : made + (turn % 2 * S + s) * run_;
-          at[s] += here;
-          if (!has_scales) make(s, at[s], min64(run_, next), turn + 1);  // made at their use they would be waited for
-        }
-        dot_tile<F, H, S>(f, packed, scales, kGemvAhead / S, here, x + c * kDotChunk * H, sums + j, kGemvBlock, part);
+        for (int s = 0; s < S; ++s) prepare(s, at[s], at[s] + here);
+        dot_tile<F, H, S>(f, stored, at, kGemvAhead / S, here, x + c * kDotChunk * H, sums + j, kGemvBlock, part);
+        PK_UNROLL
+        for (int s = 0; s < S; ++s) at[s] += here;
       }
     }
   }

@@ -1,4 +1,5 @@
-// Scales of a 4-bit weight by chunks of a row, made many at a time. Compiled once per instruction set.
+// Scales of a 4-bit weight by chunks of a row: made many at a time, or looked up where they are used. Compiled once per
+// instruction set.
 #pragma once
 
 #include "../common/nf4_cpu.h"
@@ -8,7 +9,8 @@
 namespace peft_kernels {
 namespace PK_ISA {
 
-constexpr int64_t kDotChunk = 64;  // elements of a row of W decoded at a time
+constexpr int64_t kDotChunk = 64;     // elements of a row of W decoded at a time
+constexpr int64_t kCodesAhead = 256;  // scales in 8 bits that are fetched ahead
 
 // Chunks must be there, begin on bytes and lie in one block each, to be decoded on the way.
 static inline bool in_chunks(const Nf4Linear& f) {
@@ -63,6 +65,62 @@ static inline void make_chunk_scales(const Nf4Weight& weight, int64_t i, int64_t
   }
   for (; i < end; ++i, ++scales) *scales = nf4_scale(w, i >> shift);
 }
+
+// Rows of W as they are stored: `packed` are the bytes of chunk 0, and scale(r, i) is that of chunk i, asked for row r of a tile.
+// Here scales are there, for 1 << shift chunks each.
+struct ScaledChunks {
+  const uint8_t* packed;
+  const float* scales;
+  int shift;
+  PK_INLINE float scale(int, int64_t i) const { return scales[i >> shift]; }
+};
+
+// Double quantisation: what the 256 codes stand for in a group of blocks is in a table, one look-up a chunk, by loads that a
+// core makes beside its products. Each row of a tile has two tables, of even and of odd groups: a chain of products ends at most
+// one group behind that of its begin.
+struct CodedChunks {
+  static constexpr int64_t row_tables = 2 * kNestedBlock;
+  const uint8_t *packed, *codes;
+  const float* tables;
+  int shift;
+  PK_INLINE float scale(int r, int64_t i) const {
+    const int64_t block = i >> shift;
+    return tables[r * row_tables + (block & kNestedBlock) + codes[block]];
+  }
+};
+
+// Makes the tables of S rows as these come to new groups.
+template <int S>
+class CodeTables {
+  const Nf4Weight w_;  // to the compiler every store might change what the caller holds
+  int shift_;
+  float* tables_;
+  int64_t ready_[S];  // the last group that has its table
+
+  // nf4_scale of each code.
+  void make(int s, int64_t group) const {
+    const float scale = w_.nested_absmax[group], offset = *w_.nested_offset;
+    float* const table = tables_ + s * CodedChunks::row_tables + (group * kNestedBlock & kNestedBlock);
+    for (int64_t code = 0; code < kNestedBlock; code += Vec<float>::lanes) {
+      Float product = load(w_.nested_code + code) * scale;
+      __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
+      store(table + code, product + offset);
+    }
+  }
+
+ public:
+  CodeTables(const Nf4Weight& w, int shift, float* tables) : w_(w), shift_(shift), tables_(tables) {
+    for (int64_t& group : ready_) group = -1;
+  }
+
+  // Before the chunks [begin, end) of row s; rows only go on, by less than a group at a time.
+  void operator()(int s, int64_t begin, int64_t end) {
+    const int64_t first = (begin >> shift_) / kNestedBlock, last = ((end - 1) >> shift_) / kNestedBlock;
+    for (int64_t group = ready_[s] < first ? first : ready_[s] + 1; group <= last; ++group) make(s, group);
+    ready_[s] = last;
+    __builtin_prefetch(w_.absmax8 + (begin >> shift_) + kCodesAhead);
+  }
+};
 
 }  // namespace PK_ISA
 }  // namespace peft_kernels
