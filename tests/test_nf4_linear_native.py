@@ -62,8 +62,8 @@ def test_edges(isa, threads, dtype):
         checks.check_forward(RUNS, replace(case, blocksize=256, quant_type="fp4"))
 
 
-# Of one or two rows of x: W in two or four streams of a thread's rows, up to 512 at a time; 32 or 64 chunks to a chain, which
-# may end in another group of 256 scales than it begins in, with 64 and with 128 elements to a scale.
+# Of one or two rows of x: W in two or four streams of a thread's rows, up to 512 at a time; 32 or 64 chunks to a chain,
+# which may end in another group of 256 scales than it begins in, with 64 and with 128 elements to a scale.
 STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032), (10, 4160), (6, 8256))]
 STREAMS += [(M, 9, K) for M in (1, 2, 3, 8) for K in (1984, 2048, 2112)]
 STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
