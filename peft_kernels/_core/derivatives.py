@@ -1,9 +1,21 @@
-"""A backward that can run once: differentiating it says what is wrong instead of giving zeros."""
+"""When an autograd.Function is needed, and a backward that can run once: differentiating it says what is wrong."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see what is made of these, to differentiate it or to refuse to.
+
+    Where it has not, an autograd.Function is only in the way of a small kernel, as every layer is that decodes.
+    """
+    if forward_ad._current_level >= 0:  # no public name says so without a tensor of that level
+        return True
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
 
 class _Recorded(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, recorded
 from ..._core.dtypes import accumulator
 from . import op
 from .activations import check_activation
@@ -16,16 +16,17 @@ _NAME = "bias_linear"
 _ONCE = "bias_linear has no second derivative: use torch.nn.functional.linear for double backward"
 
 
-_FORWARD = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
 
-def _activate(z: Tensor, activation: str | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """act(z), and of z what its backward needs: None, ReLU's mask, or z itself."""
+def _forward(x, weight, bias, activation: str | None, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """act(z) of z = x @ weight.T + bias, and of z what its backward needs: None, ReLU's mask, or z itself."""
+    z = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
     if activation is None:
         return z, None
     if not keep:
-        return _FORWARD[activation](z), None
-    return op.relu_fwd(z) if activation == "relu" else (_FORWARD[activation](z), z)
+        return _ACTIVATIONS[activation](z), None
+    return op.relu_fwd(z) if activation == "relu" else (_ACTIVATIONS[activation](z), z)
 
 
 def _gradients(
@@ -45,12 +46,12 @@ def _gradients(
 
 
 class _BiasLinear(torch.autograd.Function):
-    """x is [M, K] here; leading dimensions are flattened by the caller. keep: whether a backward may come."""
+    """x is [M, K] here; leading dimensions are flattened by the caller."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, keep):
+    def forward(ctx, x, weight, bias, activation):
         need_dx, need_dweight, _ = ctx.needed = ctx.needs_input_grad[:3]
-        y, kept = _activate(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)), activation, keep)
+        y, kept = _forward(x, weight, bias, activation, True)
         # The weight as it came, not the copy in x's dtype: a parameter costs nothing to keep.
         ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, kept)
         ctx.activation, ctx.dtypes = activation, (weight.dtype, bias.dtype)
@@ -59,7 +60,7 @@ class _BiasLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         args = dy, *ctx.saved_tensors, ctx.activation, ctx.needed, *ctx.dtypes
-        return *first_only(_ONCE, _gradients, *args), None, None
+        return *first_only(_ONCE, _gradients, *args), None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -102,6 +103,6 @@ def bias_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None 
         check_activation(_NAME, activation, "None or ")
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    keep = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    y = _BiasLinear.apply(rows(x), weight, bias, activation, keep)
+    args = rows(x), weight, bias, activation
+    y = _BiasLinear.apply(*args) if recorded(*args[:3]) else _forward(*args, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

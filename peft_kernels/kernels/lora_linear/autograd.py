@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, recorded
 from .._shared.branch_checks import check_bias_and_dropout, check_branch
 from .._shared.drop_levels import drop_threshold, effective_scaling
 from . import op
@@ -104,5 +104,6 @@ def lora_linear(
     if threshold:
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    y = _LoRALinear.apply(rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold)
+    args = rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold
+    y = _LoRALinear.apply(*args) if recorded(*args[:5]) else op.lora_linear_fwd(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])

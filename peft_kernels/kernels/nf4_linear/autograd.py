@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core.checks import autocasts, check_kind, refuse, rows
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, recorded
 from ..._core.dtypes import accumulator
 from ...formats.nf4 import NF4Weight
 from . import op
@@ -79,6 +79,9 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     _check(x, weight, bias)
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    args = *weight.tensors(), weight.quant_type, weight.blocksize, weight.shape[0]
-    y = _NF4Linear.apply(rows(x), bias, *args)
+    tensors, settings = weight.tensors(), (weight.quant_type, weight.blocksize, weight.shape[0])
+    if recorded(x, bias):
+        y = _NF4Linear.apply(rows(x), bias, *tensors, *settings)
+    else:
+        y = op.nf4_linear_fwd(rows(x), *tensors, bias, None, *settings)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

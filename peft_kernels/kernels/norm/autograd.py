@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..._core import native
 from ..._core.checks import autocasts, check_kind, refuse, rows
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, recorded
 from ..._core.dtypes import accumulator
 from . import op
 
@@ -99,8 +99,12 @@ def _norm(name, x, weight, bias, eps, residual) -> Tensor | tuple[Tensor, Tensor
         x, residual = x.to(wide), residual.to(wide)
     dtype = accumulator(x.dtype) if autocasts(x.device) and x.device.type in _WIDENED[name] else x.dtype
     eps = torch.finfo(accumulator(x.dtype)).eps if eps is None else float(eps)
-    flat = None if residual is None else rows(residual)
-    out = _Norm.apply(rows(x), flat, weight, bias, eps, name, dtype)
+    tensors = rows(x), None if residual is None else rows(residual), weight, bias
+    if recorded(*tensors):
+        out = _Norm.apply(*tensors, eps, name, dtype)
+    else:
+        y, total, *_ = op.norm_fwd(*tensors, eps, name == "rms_norm", dtype)
+        out = y if residual is None else (y, total)
     if len(shape) == 2:
         return out
     return out.view(shape) if residual is None else tuple(one.view(shape) for one in out)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..._core.checks import autocasts, refuse, rows
-from ..._core.derivatives import first_only
+from ..._core.derivatives import first_only, recorded
 from ...formats.nf4 import NF4Weight
 from .._shared.branch_checks import check_bias_and_dropout, check_branch
 from .._shared.drop_levels import drop_threshold, effective_scaling
@@ -93,6 +93,10 @@ def qlora_linear(
     if threshold:
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
-    settings = seed, scaling, threshold, weight.quant_type, weight.blocksize
-    y = _QLoRALinear.apply(rows(x), lora_a, lora_b, bias, *settings, *weight.tensors())
+    flat, stored, settings = rows(x), weight.tensors(), (weight.quant_type, weight.blocksize)
+    branch, drop = (lora_a, lora_b, bias), (seed, scaling, threshold)
+    if recorded(flat, *branch):
+        y = _QLoRALinear.apply(flat, *branch, *drop, *settings, *stored)
+    else:
+        y = parts.forward(flat, stored, *settings, *branch, *drop)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
