@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -105,22 +106,23 @@ def _rounds(effort: Effort):
 
 
 def time_cpu(steps: Mapping[str, Step], effort: Effort) -> dict[str, Timing]:
-    """Wall milliseconds of each contender's step, A-B-A-B, after two warm-up rounds; garbage collection is off.
+    """Wall milliseconds of each contender's step in rounds, after two for warming up; garbage collection is off.
 
-    Every call takes the next set of inputs and every round starts with the next contender: none of them always goes
-    first, and none finds in the cache what the one before it has just read.
+    Every call takes the next set of inputs, so none finds in the cache what the one before it has just read. Every
+    round has an order of its own, the same on each run: who comes after one that leaves the caches full of what it has
+    written pays for that, and it is not always the same one.
     """
     for i in range(2):
         for step in steps.values():
             step(i)
     timings = {name: Timing() for name in steps}
-    order = list(steps.items())
+    order, dice = list(steps.items()), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for i in _rounds(effort):
-            first = i % max(1, len(order))
-            for j, (name, step) in enumerate((*order[first:], *order[:first])):
+            dice.shuffle(order)
+            for j, (name, step) in enumerate(order):
                 begin = time.perf_counter()
                 step(i * len(order) + j)
                 timings[name].samples.append((time.perf_counter() - begin) * 1e3)

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,19 @@ def test_tuning_finds_the_planted_best_and_writes_rows_that_configs_reads(tmp_pa
     assert (key, M, config) == expected
 
 
-def test_no_contender_goes_first_always_or_reads_what_the_one_before_has_read():
-    calls = []
-    measure.time_cpu({n: lambda i, n=n: calls.append((n, i)) for n in "abc"}, Effort(6, 0.0, 6))
-    timed = calls[6:]  # after two rounds of warm-up
-    assert [i for _, i in timed] == list(range(18))
-    assert [name for name, _ in timed[::3]] == list("abcabc")
+def test_no_contender_always_comes_after_the_same_one_or_reads_what_the_one_before_has_read():
+    def called() -> list[tuple[str, int]]:
+        calls = []
+        measure.time_cpu({n: lambda i, n=n: calls.append((n, i)) for n in "abc"}, Effort(20, 0.0, 20))
+        return calls[6:]  # after two rounds of warm-up
+
+    timed = called()
+    assert timed == called()
+    assert [i for _, i in timed] == list(range(60))
+    names = [name for name, _ in timed]
+    assert all(sorted(names[i : i + 3]) == list("abc") for i in range(0, 60, 3))
+    assert set(names[::3]) == set("abc")
+    assert {(a, b) for a, b in pairwise(names) if a != b} == {(a, b) for a in "abc" for b in "abc" if a != b}
 
 
 def test_problems_are_told_once_for_all_parts():
