@@ -174,6 +174,13 @@ class NF4Weight:
         """Raise ValueError unless the tensors are those of a weight of this shape and blocksize."""
         check_tensors("NF4Weight", *self.tensors(), self.quant_type, self.blocksize, self.numel)
 
+    @classmethod
+    def unchecked(cls, *values) -> "NF4Weight":
+        """NF4Weight(*values), for the ops alone, which ask again whether that is a weight."""
+        weight = object.__new__(cls)
+        weight.__dict__.update(zip(cls.__dataclass_fields__, values, strict=True))
+        return weight
+
     def __repr__(self) -> str:
         return (
             f"NF4Weight(shape={self.shape}, dtype={self.dtype}, quant_type={self.quant_type!r}, "

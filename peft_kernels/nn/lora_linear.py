@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..formats.nf4 import NF4Weight
 from ..kernels.nf4_linear.autograd import nf4_linear
 from .adapter import Adapter, AdapterSpec, check_name, name_list, new_adapter
 from .base_linear import conv1d_class
@@ -221,7 +222,7 @@ class FusedLoRALinear(RunsLoRALinear, Quantisable):
         """
         branches = self.branches()
         if self.quantised is not None:
-            small = self.nf4_weight()
+            small = self.nf4_weight(NF4Weight.unchecked)
             return (
                 adapted_linear(input, small, self.bias, branches) if branches else nf4_linear(input, small, self.bias)
             )

@@ -62,11 +62,11 @@ class NF4Base(nn.Module):
             self.register_parameter(name, other._parameters[name])
         self.quantised = other.quantised
 
-    def nf4_weight(self) -> NF4Weight:
-        """[N, K]: the Parameters as they are now, not a copy."""
+    def nf4_weight(self, make: Callable[..., NF4Weight] = NF4Weight) -> NF4Weight:
+        """[N, K]: the Parameters as they are now, not a copy. A forward has NF4Weight.unchecked make it: 3 us less."""
         own, parameters = self.quantised, self._parameters
-        tensors = (parameters[name] for name in NAMES)
-        return NF4Weight(*tensors, own.shape, own.dtype, own.quant_type, own.blocksize)
+        tensors = [parameters[name] for name in NAMES]
+        return make(*tensors, own.shape, own.dtype, own.quant_type, own.blocksize)
 
     def nf4_repr(self) -> str:
         own = self.quantised

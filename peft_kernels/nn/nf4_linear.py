@@ -142,7 +142,7 @@ class NF4Linear(NF4Base):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K], any floating dtype -> [..., N] in that (under autocast, in the autocast dtype)."""
-        return nf4_linear(input, self.nf4_weight(), self.bias)
+        return nf4_linear(input, self.nf4_weight(NF4Weight.unchecked), self.bias)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
