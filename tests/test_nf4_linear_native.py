@@ -68,6 +68,21 @@ STREAMS = [(M, N, K) for M in (1, 2, 3) for N, K in ((2, 64), (7, 128), (9, 4032
 STREAMS += [(M, 9, K) for M in (1, 2, 3, 8) for K in (1984, 2048, 2112)]
 STREAMS += [(M, N, 64) for M in (1, 2) for N in (511, 512, 513, 1023, 1030)]
 
+
+@pytest.mark.parametrize("blocksize", [64, 128, 1024])
+def test_one_element_of_x_brings_the_weights_own_values(isa, blocksize):
+    """To the bit: a bound does not see whether a scale was rounded after its product and again after its sum."""
+    case = Case(2, 67, 64 * 61, blocksize=blocksize, nested=True)
+    data = inputs(case)
+    values = bounds_nf4.values(data.weight).float()
+    for k in range(0, case.K, 119):
+        x = torch.zeros(2, case.K)
+        x[0, k] = x[1, -1 - k] = 1.0
+        two = op.nf4_linear_fwd(x, *data.fwd_args()[1:6], None, None, "nf4", blocksize, case.N)
+        one = op.nf4_linear_fwd(x[:1], *data.fwd_args()[1:6], None, None, "nf4", blocksize, case.N)
+        assert torch.equal(two, torch.stack([values[:, k], values[:, -1 - k]])) and torch.equal(one, two[:1]), k
+
+
 # A few rows of dy: rows of W by 16, whose sums join a total every 1024; columns by 2048 or a share of them; rows
 # of dy by 4 and 8, up to 32 or 48 of them.
 DOWN = [(M, N, K) for M in (1, 4, 5, 8) for N, K in ((0, 64), (1, 128), (15, 192), (16, 64), (17, 320), (33, 4160))]
@@ -176,7 +191,15 @@ def test_rounded_fp32_has_the_same_bits_on_every_number_of_threads(isa, rounding
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_beside_the_arguments_is_read(isa, threads, dtype):
     for M in (1, 2, 3, 6, 8, 9, 13, 40):
-        for N, K, blocksize in ((7, 384, 64), (61, 64, 64), (67, 192, 256), (5, 71, 32)):
+        # The last two end with a group of 256 scales.
+        for N, K, blocksize in (
+            (7, 384, 64),
+            (61, 64, 64),
+            (67, 192, 256),
+            (5, 71, 32),
+            (4, 4096, 64),
+            (64, 1024, 256),
+        ):
             for nested in (False, True):
                 case = Case(M, N, K, dtype, blocksize=blocksize, nested=nested, bias=dtype, addend=True)
                 data = inputs(case)

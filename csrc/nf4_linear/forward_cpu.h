@@ -68,7 +68,7 @@ class OnTheWay {
     const F f(nf4_levels(f_.weight));
     const bool has_scales = has_chunk_scales(f_.weight);
     float* const made = scales_ + id * scales_ld_;
-    const ScaledChunks stored{f_.weight.packed + n0 * (f_.K / 2), has_scales ? f_.weight.absmax + n0 * chunks_ : made, 0};
+    const ScaledChunks<> stored{f_.weight.packed + n0 * (f_.K / 2), has_scales ? f_.weight.absmax + n0 * chunks_ : made};
     int64_t ready = has_scales ? count : 0;  // rows whose scales are there
     float* sums = sums_ + id * sums_ld_;
     memset(sums, 0, H * sums_row_ * sizeof(float));

@@ -36,7 +36,7 @@ class Gemv {
         x_(arena.take<X>(f.threads * f.M * f.K)),
         row_(arena.take<X>(f.threads * f.K)),
         sums_(arena.take<float>(f.threads * f.M * kGemvBlock)),
-        tables_(arena.take<float>(f.threads * most_streams_ * CodedChunks::row_tables)) {}
+        tables_(arena.take<float>(f.threads * most_streams_ * kRowTables)) {}
 
   // By every thread of a team, each one part of W from end to end.
   void run() const {
@@ -58,7 +58,7 @@ class Gemv {
       if (f_.M < H) return block<H - 1>(n, count, x, id);
     constexpr int S = F::rows(H);  // streams
     static_assert(S <= most_streams_);
-    float *sums = sums_ + id * f_.M * kGemvBlock, *tables = tables_ + id * most_streams_ * CodedChunks::row_tables;
+    float *sums = sums_ + id * f_.M * kGemvBlock, *tables = tables_ + id * most_streams_ * kRowTables;
     memset(sums, 0, H * kGemvBlock * sizeof(float));
     const int64_t part = count / S;
     rows<H, S>(n, part, x, sums, tables);
@@ -71,12 +71,22 @@ class Gemv {
   // sums[h * kGemvBlock + j] += x[h] . W[n + j] for S times `part` rows of W.
   template <int H, int S>
   void rows(int64_t n, int64_t part, const X* x, float* sums, float* tables) const {
+    return f_.weight.blocksize > kDotChunk ? rows_of<H, S, true>(n, part, x, sums, tables)
+                                           : rows_of<H, S, false>(n, part, x, sums, tables);
+  }
+
+  // Shared: whether several chunks have one scale.
+  template <int H, int S, bool Shared>
+  void rows_of(int64_t n, int64_t part, const X* x, float* sums, float* tables) const {
     const Nf4Weight& w = f_.weight;
-    const int shift = __builtin_ctzll(w.blocksize / kDotChunk);
-    if (w.absmax)
-      products<H, S>(ScaledChunks{w.packed, w.absmax, shift}, n, part, x, sums, [](int, int64_t, int64_t) {});
-    else
-      products<H, S>(CodedChunks{w.packed, w.absmax8, tables, shift}, n, part, x, sums, CodeTables<S>(w, shift, tables));
+    const int shift = Shared ? __builtin_ctzll(w.blocksize / kDotChunk) : 0;
+    if (w.absmax) {
+      const ScaledChunks<Shared> stored{w.packed, w.absmax, shift};
+      products<H, S>(stored, n, part, x, sums, [](int, int64_t, int64_t) {});
+    } else {
+      const CodedChunks<Shared> stored{w.packed, w.absmax8, tables, shift};
+      products<H, S>(stored, n, part, x, sums, CodeTables<S>(w, shift, tables));
+    }
   }
 
   // prepare(s, begin, end) is called before stream s comes to these chunks.

@@ -67,25 +67,27 @@ static inline void make_chunk_scales(const Nf4Weight& weight, int64_t i, int64_t
 }
 
 // Rows of W as they are stored: `packed` are the bytes of chunk 0, and scale(r, i) is that of chunk i, asked for row r of a tile.
-// Here scales are there, for 1 << shift chunks each.
+// Here scales are there, one a chunk; with Shared, for 1 << shift chunks each.
+template <bool Shared = false>
 struct ScaledChunks {
   const uint8_t* packed;
   const float* scales;
-  int shift;
-  PK_INLINE float scale(int, int64_t i) const { return scales[i >> shift]; }
+  int shift = 0;
+  PK_INLINE float scale(int, int64_t i) const { return scales[Shared ? i >> shift : i]; }
 };
 
 // Double quantisation: what the 256 codes stand for in a group of blocks is in a table, one look-up a chunk, by loads that a
 // core makes beside its products. Each row of a tile has two tables, of even and of odd groups: a chain of products ends at most
 // one group behind that of its begin.
+constexpr int64_t kRowTables = 2 * kNestedBlock;  // floats
+template <bool Shared>
 struct CodedChunks {
-  static constexpr int64_t row_tables = 2 * kNestedBlock;
   const uint8_t *packed, *codes;
   const float* tables;
   int shift;
   PK_INLINE float scale(int r, int64_t i) const {
-    const int64_t block = i >> shift;
-    return tables[r * row_tables + (block & kNestedBlock) + codes[block]];
+    const int64_t block = Shared ? i >> shift : i;
+    return tables[r * kRowTables + (block & kNestedBlock) + codes[block]];
   }
 };
 
@@ -100,7 +102,7 @@ class CodeTables {
   // nf4_scale of each code.
   void make(int s, int64_t group) const {
     const float scale = w_.nested_absmax[group], offset = *w_.nested_offset;
-    float* const table = tables_ + s * CodedChunks::row_tables + (group * kNestedBlock & kNestedBlock);
+    float* const table = tables_ + s * kRowTables + (group * kNestedBlock & kNestedBlock);
     for (int64_t code = 0; code < kNestedBlock; code += Vec<float>::lanes) {
       Float product = load(w_.nested_code + code) * scale;
       __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
@@ -113,7 +115,7 @@ class CodeTables {
     for (int64_t& group : ready_) group = -1;
   }
 
-  // Before the chunks [begin, end) of row s; rows only go on, by less than a group at a time.
+  // Before the chunks [begin, end) of row s; rows only go on, by a group at most. What has its table keeps it, to save time.
   void operator()(int s, int64_t begin, int64_t end) {
     const int64_t first = (begin >> shift_) / kNestedBlock, last = ((end - 1) >> shift_) / kNestedBlock;
     for (int64_t group = ready_[s] < first ? first : ready_[s] + 1; group <= last; ++group) make(s, group);
