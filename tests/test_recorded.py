@@ -43,13 +43,19 @@ PUBLIC = {
     "layer_norm": Public(lambda x, w: pk.layer_norm(x, w), SCALE, norm._Norm),
     "rms_norm": Public(lambda x, w: pk.rms_norm(x, w), SCALE, norm._Norm),
     "rms_norm residual": Public(lambda x, r: pk.rms_norm(x, SCALE, residual=r), draw(2, M, K), norm._Norm),
-    "lora_linear": Public(lambda x, a: pk.lora_linear(x, W, a, LORA_B, 2.0, ROW, 0.5), LORA_A, lora._LoRALinear),
+    "lora_linear": Public(lambda x, a: pk.lora_linear(x, W, a, LORA_B, 2.0, ROW), LORA_A, lora._LoRALinear),
+    "lora_linear dropout": Public(
+        lambda x, a: pk.lora_linear(x, W, a, LORA_B, 2.0, ROW, 0.5), LORA_A, lora._LoRALinear
+    ),
     "lora_linear branch": Public(lambda x, b: pk.lora_linear(x, None, LORA_A, b, 2.0), LORA_B, lora._LoRALinear),
     "nf4_linear": Public(lambda x, b: pk.nf4_linear(x, WEIGHT, b), ROW, nf4._NF4Linear),
-    "qlora_linear": Public(
+    "qlora_linear": Public(lambda x, a: pk.qlora_linear(x, WEIGHT, a, LORA_B, 2.0, ROW), LORA_A, qlora._QLoRALinear),
+    "qlora_linear dropout": Public(
         lambda x, a: pk.qlora_linear(x, WEIGHT, a, LORA_B, 2.0, ROW, 0.5), LORA_A, qlora._QLoRALinear
     ),
 }
+NO_DRAWS = [name for name in PUBLIC if "dropout" not in name]
+"""Transforms refuse random numbers first, and a compiled function draws others."""
 
 
 @pytest.fixture(params=PUBLIC, ids=str)
@@ -113,7 +119,34 @@ def test_forward_mode_is_refused_not_dropped(public, which, gradients):
         results(public, *args)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in ("lora_linear", "qlora_linear")])  # they drop
+def gradient_of_vmap(call: Callable, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: torch.func.vmap(call)(x).sum())(x)
+
+
+TRANSFORMS = {
+    "vmap": lambda call, x: torch.func.vmap(call)(x),
+    "vmap of a leaf": lambda call, x: torch.func.vmap(call)(x.requires_grad_()),
+    "grad of vmap": gradient_of_vmap,
+    "functionalize": lambda call, x: torch.func.functionalize(call)(x.requires_grad_()),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", NO_DRAWS)
+def test_transforms_are_refused(name, transform):
+    """Their tensors hide that they require grad: an op alone would give a result that nothing is derived from."""
+    public = PUBLIC[name]
+
+    def first(x: Tensor) -> Tensor:
+        found = public.call(x, x + 1 if public.other.dim() == 3 else public.other)
+        return found[0] if isinstance(found, tuple) else found
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        TRANSFORMS[transform](first, draw(2, M, K))
+
+
+@pytest.mark.parametrize("name", NO_DRAWS)
 def test_compiled_without_gradients(name):
     call, x, other = PUBLIC[name].call, draw(2, M, K), PUBLIC[name].other
     with torch.no_grad():

@@ -9,11 +9,13 @@ from torch.autograd import forward_ad
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see what is made of these, to differentiate it or to refuse to.
+    """Whether autograd must see what is made of these, to differentiate it or to refuse to.
 
-    Where it has not, an autograd.Function is only in the way of a small kernel, as every layer is that decodes.
+    Where it need not, an autograd.Function is only in the way of a small kernel, as every layer is that decodes.
     """
-    if forward_ad._current_level >= 0:  # no public name says so without a tensor of that level
+    # Tensors of a transform hide that they are differentiated, and those of forward mode require no grad: an op alone
+    # would drop their derivatives. No public name says that there are such tensors; Function.apply asks the same.
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
 
