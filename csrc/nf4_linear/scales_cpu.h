@@ -33,6 +33,13 @@ static inline __m512 look_up(const __m512* table, __m512i codes) {
 }
 #endif
 
+// nf4_scale of several codes under one scale of the second level, from what they stand for.
+static inline Float nested_scale(Float level, float scale, float offset) {
+  Float product = level * scale;
+  __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
+  return product + offset;
+}
+
 // nf4_scale of `count` blocks from i on, all with double quantisation and under one scale of the second level.
 static inline void nested_scales(const Nf4Weight& w, int64_t i, int64_t count, float* scales) {
   int64_t j = 0;
@@ -42,9 +49,7 @@ static inline void nested_scales(const Nf4Weight& w, int64_t i, int64_t count, f
   for (int k = 0; k < 16; ++k) table[k] = _mm512_loadu_ps(w.nested_code + 16 * k);
   for (; j + 16 <= count; j += 16) {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.absmax8 + i + j)));
-    __m512 product = _mm512_mul_ps(look_up(table, codes), _mm512_set1_ps(w.nested_absmax[i / kNestedBlock]));
-    __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
-    _mm512_storeu_ps(scales + j, _mm512_add_ps(product, _mm512_set1_ps(*w.nested_offset)));
+    store(scales + j, nested_scale((Float)look_up(table, codes), w.nested_absmax[i / kNestedBlock], *w.nested_offset));
   }
 #endif
   for (; j < count; ++j) scales[j] = nf4_scale(w, i + j);
@@ -103,11 +108,8 @@ class CodeTables {
   void make(int s, int64_t group) const {
     const float scale = w_.nested_absmax[group], offset = *w_.nested_offset;
     float* const table = tables_ + s * kRowTables + (group * kNestedBlock & kNestedBlock);
-    for (int64_t code = 0; code < kNestedBlock; code += Vec<float>::lanes) {
-      Float product = load(w_.nested_code + code) * scale;
-      __asm__("" : "+v"(product));  // rounded by itself: the compiler may not join it with the sum
-      store(table + code, product + offset);
-    }
+    for (int64_t code = 0; code < kNestedBlock; code += Vec<float>::lanes)
+      store(table + code, nested_scale(load(w_.nested_code + code), scale, offset));
   }
 
  public:
