@@ -70,6 +70,11 @@ def results(public: Public, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def compiled(function: Callable) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager")
+
+
 @contextmanager
 def refused(function: type[torch.autograd.Function], monkeypatch) -> Iterator[None]:
     """Whoever calls it fails."""
@@ -119,6 +124,15 @@ def test_forward_mode_is_refused_not_dropped(public, which, gradients):
         results(public, *args)
 
 
+@pytest.mark.parametrize("name", NO_DRAWS)
+def test_forward_mode_is_refused_compiled(name):
+    """Before the level and within it: what was compiled without one must not serve there."""
+    call, x, other = compiled(PUBLIC[name].call), draw(2, M, K), PUBLIC[name].other
+    call(x, other)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        call(forward_ad.make_dual(x, torch.ones_like(x)), other)
+
+
 def gradient_of_vmap(call: Callable, x: Tensor) -> Tensor:
     return torch.func.grad(lambda x: torch.func.vmap(call)(x).sum())(x)
 
@@ -132,18 +146,28 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+WAYS = {
+    "": lambda transform, call, x: transform(call, x),
+    "compiled ": lambda transform, call, x: compiled(lambda x: transform(call, x))(x),
+    "of compiled ": lambda transform, call, x: transform(compiled(call), x),
+}
+REFUSED = [(way, name) for way in WAYS for name in TRANSFORMS if not way or name != "functionalize"]
+"""What is functional already Torch does not compile at all."""
+
+
+@pytest.mark.parametrize("way, transform", REFUSED, ids=[way + name for way, name in REFUSED])
 @pytest.mark.parametrize("name", NO_DRAWS)
-def test_transforms_are_refused(name, transform):
-    """Their tensors hide that they require grad: an op alone would give a result that nothing is derived from."""
+def test_transforms_are_refused(name, way, transform):
+    """Their tensors hide that they require grad: an op alone would give a result that nothing is derived from. Nor does
+    the autograd.Function refuse them always: the compiler leaves it out where nothing seems to require grad."""
     public = PUBLIC[name]
 
     def first(x: Tensor) -> Tensor:
         found = public.call(x, x + 1 if public.other.dim() == 3 else public.other)
         return found[0] if isinstance(found, tuple) else found
 
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        TRANSFORMS[transform](first, draw(2, M, K))
+    with pytest.raises(RuntimeError, match=f"{name.split()[0]}: functorch transforms"):
+        WAYS[way](TRANSFORMS[transform], first, draw(2, M, K))
 
 
 @pytest.mark.parametrize("name", NO_DRAWS)

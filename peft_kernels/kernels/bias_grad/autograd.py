@@ -104,5 +104,5 @@ def bias_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None 
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     args = rows(x), weight, bias, activation
-    y = _BiasLinear.apply(*args) if recorded(*args[:3]) else _forward(*args, False)[0]
+    y = _BiasLinear.apply(*args) if recorded(_NAME, *args[:3]) else _forward(*args, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

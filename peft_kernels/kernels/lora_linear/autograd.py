@@ -105,5 +105,5 @@ def lora_linear(
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     args = rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold
-    y = _LoRALinear.apply(*args) if recorded(*args[:5]) else op.lora_linear_fwd(*args)[0]
+    y = _LoRALinear.apply(*args) if recorded(_NAME, *args[:5]) else op.lora_linear_fwd(*args)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])

@@ -80,7 +80,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     tensors, settings = weight.tensors(), (weight.quant_type, weight.blocksize, weight.shape[0])
-    if recorded(x, bias):
+    if recorded(_NAME, x, bias):
         y = _NF4Linear.apply(rows(x), bias, *tensors, *settings)
     else:
         y = op.nf4_linear_fwd(rows(x), *tensors, bias, None, *settings)

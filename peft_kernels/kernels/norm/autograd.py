@@ -100,7 +100,7 @@ def _norm(name, x, weight, bias, eps, residual) -> Tensor | tuple[Tensor, Tensor
     dtype = accumulator(x.dtype) if autocasts(x.device) and x.device.type in _WIDENED[name] else x.dtype
     eps = torch.finfo(accumulator(x.dtype)).eps if eps is None else float(eps)
     tensors = rows(x), None if residual is None else rows(residual), weight, bias
-    if recorded(*tensors):
+    if recorded(name, *tensors):
         out = _Norm.apply(*tensors, eps, name, dtype)
     else:
         y, total, *_ = op.norm_fwd(*tensors, eps, name == "rms_norm", dtype)

@@ -95,7 +95,7 @@ def qlora_linear(
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     flat, stored, settings = rows(x), weight.tensors(), (weight.quant_type, weight.blocksize)
     branch, drop = (lora_a, lora_b, bias), (seed, scaling, threshold)
-    if recorded(flat, *branch):
+    if recorded(_NAME, flat, *branch):
         y = _QLoRALinear.apply(flat, *branch, *drop, *settings, *stored)
     else:
         y = parts.forward(flat, stored, *settings, *branch, *drop)[0]
