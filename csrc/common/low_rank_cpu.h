@@ -5,23 +5,12 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "blocks_cpu.h"
 #include "rows.h"
+#include "tasks_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
-
-#if defined(_OPENMP)
-static inline int thread_id() { return omp_get_thread_num(); }
-static inline int team_size() { return omp_get_num_threads(); }
-#else
-static inline int thread_id() { return 0; }
-static inline int team_size() { return 1; }
-#endif
 
 constexpr int64_t kPackRun = 256;      // reduction rows packed per task
 constexpr int64_t kLongChain = 2048;   // terms after which a partial sum of s or g joins the total
@@ -84,12 +73,13 @@ static void pack_part(typename K::Step* part, int64_t width, int64_t k0, int64_t
     pack_rows<K>(part, width, k0, k1, data, q.ld, rows, j0, cols);
 }
 
-// Packs all panels [panels][steps][width] of q [rows, cols], shared among the threads.
+// Packs all panels [panels][steps][width] of q [rows, cols], shared among the threads: neighbours by one.
 template <class K>
 static void pack(typename K::Step* dst, int64_t panels, int64_t width, const RightMatrix& q, int64_t rows, int64_t cols,
                  int threads, int id) {
   const int64_t even = round_up(rows, K::pair), runs = ceil_div(even, kPackRun);
-  for (int64_t task = id; task < panels * runs; task += threads) {
+  const int64_t end = part_start(panels * runs, id + 1, threads);
+  for (int64_t task = part_start(panels * runs, id, threads); task < end; ++task) {
     const int64_t panel = task / runs, k0 = task % runs * kPackRun, k1 = min64(even, k0 + kPackRun);
     pack_part<K>(dst + (panel * even + k0) / K::pair * width, width, k0, k1, q, rows, panel * width, cols);
   }

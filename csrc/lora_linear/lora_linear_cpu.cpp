@@ -48,7 +48,7 @@ static void forward(const LoraForward& f) {
     return Shared{
         Panels<K>(arena, blocks, {f.a.data, f.a.row, true}, f.K, f.R, lanes.panels, lanes.width),
         Panels<K>(arena, blocks || whole, {f.b.data, f.b.row, true}, f.R, f.N, ceil_div(f.N, K::panel), K::panel),
-        arena.take<const void*>(f.threads), GemmShared<K>(arena, whole ? ceil_div(f.K, K::pair) : 0, whole ? f.N : 0)};
+        arena.take<const void*>(f.threads), GemmShared<K>(arena, whole ? ceil_div(f.K, K::pair) : 0, whole ? f.N : 0, f.threads)};
   };
   Arena shared_size{nullptr}, own_size{nullptr};
   Own(own_size, lay_out(shared_size), f.R, base);
@@ -123,7 +123,7 @@ struct BackwardShared {
         dbt_parts(arena.take<const void*>(f.threads)),
         da_parts(arena.take<const void*>(f.threads)),
         g(whole(f) ? arena.take<typename K::Store>(f.M * f.R) : nullptr),
-        gemm(arena, whole(f) ? ceil_div(f.N, K::pair) : 0, whole(f) ? f.K : 0) {}
+        gemm(arena, whole(f) ? ceil_div(f.N, K::pair) : 0, whole(f) ? f.K : 0, f.threads) {}
 };
 
 template <class K>

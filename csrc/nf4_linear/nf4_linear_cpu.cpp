@@ -20,11 +20,11 @@ static void by_panels(const Nf4Linear& f, bool transposed) {
   const LeftRows<K> left(f.left, D);
   const Nf4Right right{f.weight, f.K, transposed};
   Arena shared_size{nullptr}, own_size{nullptr};
-  GemmShared<K>(shared_size, left.steps(), J);
+  GemmShared<K>(shared_size, left.steps(), J, f.threads);
   GemmOwn<K>(own_size, left);
   Workspace space(shared_size.used + f.threads * own_size.used);
   Arena arena{static_cast<char*>(space.memory)};
-  const GemmShared<K> shared(arena, left.steps(), J);
+  const GemmShared<K> shared(arena, left.steps(), J, f.threads);
 #pragma omp parallel num_threads(f.threads)
   {
     Arena mine{static_cast<char*>(space.memory) + shared_size.used + thread_id() * own_size.used};

@@ -66,13 +66,14 @@ static void decode_rows(typename K::Step* part, int64_t panels, int64_t steps, i
   }
 }
 
-// Packs columns [j0, j0 + live) of the right operand [D, J] for gemm(), shared among the threads.
+// Packs columns [j0, j0 + live) of the right operand [D, J] for gemm(), shared among the threads: neighbours by one.
 template <class K>
 static void pack_group(typename K::Step* group, const Nf4Right& right, int64_t D, int64_t j0, int64_t live, int threads,
                        int id) {
   const int64_t even = round_up(D, K::pair), runs = ceil_div(even, kPackRun), at_once = right.transposed ? 1 : kNf4Wide;
   const int64_t panels = ceil_div(live, K::panel), sets = ceil_div(panels, at_once);
-  for (int64_t task = id; task < sets * runs; task += threads) {
+  const int64_t end = part_start(sets * runs, id + 1, threads);
+  for (int64_t task = part_start(sets * runs, id, threads); task < end; ++task) {
     const int64_t p = task / runs * at_once, k0 = task % runs * kPackRun, k1 = min64(even, k0 + kPackRun);
     typename K::Step* part = group + (p * even + k0) / K::pair * K::panel;
     const int64_t first = j0 + p * K::panel, here = min64(at_once * K::panel, live - p * K::panel);
