@@ -18,7 +18,7 @@ import torch
 
 from peft_kernels._core import native
 
-from . import environment, rows, summary
+from . import environment, paths, rows, summary
 from .cases import PRIMITIVES
 from .steps import BEFORE, DONE, FAILED, NOT_RUN, OVERRAN, Outcome, Step, log_of, run_steps
 from .tune import TUNED
@@ -86,6 +86,9 @@ def _measure_steps(device: str, only: Sequence[str], work: Path, tune: bool, qui
             command = (_PY, "-m", "benchmarks.tune", primitive, "--out", str(tuned), *("--quick",) * quick)
             found.append(Step(f"tune {primitive}", command, 200, stops=()))
             env = {"PEFT_KERNELS_CONFIGS": str(tuned)}
+        if tune and primitive in paths.SWEPT:
+            command = (_PY, "-m", "benchmarks.paths", primitive, *where, "--csv", str(work / f"{primitive}_paths.csv"))
+            found.append(Step(f"paths {primitive}", (*command, *("--tiny",) * (device == "cpu")), 200, stops=()))
         shapes = ("--suite", "gpu", "--model", "llama-3-8b") if device == "cuda" else ("--suite", "tiny")
         command = (_PY, "-m", "benchmarks.throughput", primitive, *shapes, *where)
         command += ("--csv", str(work / f"{primitive}.csv"), *flags)
@@ -123,7 +126,7 @@ def publish(work: Path, out: Path, only: Sequence[str], source: str, outcomes: S
     files of the steps that are done."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in (*only, "step"):
+    for name in (*only, *(f"{primitive}_paths" for primitive in only), "step"):
         found = [row for row in rows.read(work / f"{name}.csv") if row["source"] == source]
         if found:
             rows.write(out / f"{name}.csv", found)
@@ -151,6 +154,8 @@ def _report(device: str, work: Path, only: Sequence[str], source: str, outcomes:
     for primitive in only:
         found = [row for row in rows.read(work / f"{primitive}.csv") if row["source"] == source]
         parts += [f"\n{primitive}: time over the floor\n", summary.table(found), *summary.problems(found)]
+        swept = [row for row in rows.read(work / f"{primitive}_paths.csv") if row["source"] == source]
+        parts += ["\nfastest way:", *paths.ranges(swept)] if swept else []
     steps = [row for row in rows.read(work / "step.csv") if row["source"] == source]
     parts += ["\na training step\n", summary.training(steps)]
     lines = [(one.name, one.status, f"{one.seconds:.0f} s", one.note or _verdict(work, one)) for one in outcomes]
@@ -166,7 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=environ("OUT") or None, help="default: benchmarks/results")
     parser.add_argument("--limit", type=float, default=560, help="seconds for all steps together")
     for name, meaning in (
-        ("tune", "sweep launch configurations first and print the rows to paste"),
+        ("tune", "sweep launch configurations and paths first, and print what to paste"),
         ("quick", "an eighth of the tests, smaller shapes, fewer rounds"),
         ("force", "repeat steps that are done for these sources"),
     ):

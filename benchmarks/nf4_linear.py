@@ -1,6 +1,6 @@
 """The 4-bit linear's contenders: its floors, ours, bitsandbytes at its best on the same bytes, and PyTorch by hand."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -201,11 +201,14 @@ def _field(case: NF4LinearCase, device: str) -> list[tuple]:
     ]
 
 
-def contenders(case: NF4LinearCase, device: str, seed: int = 0) -> list[Contender]:
-    """Every contender of the case, bound to rotating input sets that all of them share, drawn from `seed` on."""
+def contenders(
+    case: NF4LinearCase, device: str, seed: int = 0, field: Sequence[tuple] | None = None
+) -> list[Contender]:
+    """Every contender of the case, or of another `field`, bound to rotating input sets that all of them share, drawn
+    from `seed` on."""
     sets = [make(case, device, seed + i) for i in range(input_sets(case.set_bytes, device))]
     found = []
-    for name, role, implementation, rival, build in _field(case, device):
+    for name, role, implementation, rival, build in field or _field(case, device):
         contender = Contender(name, role, sets=len(sets), implementation=implementation, rival=rival)
         found.append(contender)
         if build is bitsandbytes and version("bitsandbytes") == "none":

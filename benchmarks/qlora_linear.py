@@ -1,6 +1,7 @@
 """The QLoRA linear's contenders: the frozen 16-bit floor, ours, PEFT over bitsandbytes, and PyTorch by hand."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -104,11 +105,12 @@ def _field(device: str) -> list[tuple]:
     ]
 
 
-def contenders(case: LoRACase, device: str, seed: int = 0) -> list[Contender]:
-    """Every contender of the case, bound to rotating input sets that all of them share, drawn from `seed` on."""
+def contenders(case: LoRACase, device: str, seed: int = 0, field: Sequence[tuple] | None = None) -> list[Contender]:
+    """Every contender of the case, or of another `field`, bound to rotating input sets that all of them share, drawn
+    from `seed` on."""
     sets = [make(case, device, seed + i) for i in range(input_sets(case.set_bytes, device))]
     found = []
-    for name, role, implementation, rival, build in _field(device):
+    for name, role, implementation, rival, build in field or _field(device):
         contender = Contender(name, role, sets=len(sets), implementation=implementation, rival=rival)
         found.append(contender)
         absent = [one for one in ("peft", "bitsandbytes") if version(one) == "none"]

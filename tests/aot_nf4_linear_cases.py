@@ -25,13 +25,10 @@ CALLS = [
 def _launches(call: tuple, arch: int | str, monkeypatch) -> list[aot.Launch]:
     M, N, K, dtype, blocksize, nested, beside = call
     monkeypatch.setattr(triton_impl, "arch_of", lambda device: arch)
-    monkeypatch.setattr(configs, "seconds", lambda *_: {"rows": 0.0, "chunks": 1.0})  # also where chunks are chosen
-    configs.pick_rows.cache_clear()
     bias, addend = (tensor(N), tensor(M, N, dtype=dtype)) if beside else (None, None)
-    with aot.recording(triton_impl) as launches:
+    with configs.force(path="rows"), aot.recording(triton_impl) as launches:  # also where chunks are chosen
         x, weight = tensor(M, K, dtype=dtype), stored(N * K, blocksize, nested)
         triton_impl.nf4_linear_fwd(x, *weight, bias, addend, "nf4", blocksize, N)
-    configs.pick_rows.cache_clear()
     return launches
 
 

@@ -27,12 +27,10 @@ def test_values(check, dtype):
 
 
 @pytest.fixture
-def always_rows(monkeypatch):
+def always_rows():
     """The kernel for few rows wherever it can run, at whichever M the model says chunks."""
-    configs.pick_rows.cache_clear()
-    monkeypatch.setattr(configs, "seconds", lambda *_: {"rows": 0.0, "chunks": 1.0})
-    yield
-    configs.pick_rows.cache_clear()
+    with configs.force(path="rows"):
+        yield
 
 
 def check_rows(case: Case) -> None:

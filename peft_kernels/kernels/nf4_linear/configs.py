@@ -26,6 +26,8 @@ lines where those are more) for every layer and both ways: the whole of an outpu
 part up to M = 32; at 64 "chunks" does for some shapes on an RTX 5090, whose matrix units are slow beside its L2.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -34,6 +36,7 @@ import torch
 
 from ..._core.parts import Part, nearest_part
 
+PATHS = ("rows", "chunks")
 MOST_ROWS = 64
 LEAST_GROUP = 32  # elements of a row that surely share a scale, for "rows"; a multiple of a 16-byte load besides
 CHUNK_BYTES = 24 * 2**20  # of a dequantised weight at a time; half of an H100's L2
@@ -88,18 +91,45 @@ def _parts(N: int, K: int, part: Part) -> int:
     return max(1, min(_PROGRAMS * part.sms // ceil(N / Rows.block_n), K // _LEAST_SPAN))
 
 
-@lru_cache(maxsize=4096)
+_forced: list[tuple[str | None, int | None]] = []
+
+
+@contextmanager
+def force(path: str | None = None, chunk_bytes: int | None = None) -> Iterator[None]:
+    """Inside, Triton's forward goes by `path` wherever it can, and chunks, dx's too, hold `chunk_bytes`, or what is one
+    step further out; not thread-safe. The C++ kernels have their own constants.
+
+    Raises:
+        ValueError: a path that is not of PATHS, chunks of less than a byte.
+    """
+    if path is not None and path not in PATHS:
+        raise ValueError(f"force: path is {path!r}; expected one of {PATHS}")
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"force: chunk_bytes is {chunk_bytes}; expected at least 1")
+    outer = _forced[-1] if _forced else (None, None)
+    _forced.append((outer[0] if path is None else path, outer[1] if chunk_bytes is None else chunk_bytes))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
 def pick_rows(M: int, N: int, K: int, blocksize: int, dtype: torch.dtype, arch: int | str) -> Rows | None:
     """The plan for a forward of x [M, K], weight [N, K] on `arch`, or None: then "chunks".
 
     fp32 is left to cuBLAS: without a matrix unit the product of 16 rows at least would take longer than the decoding.
     A K that is no multiple of 32 has rows that begin within a scale's block, or within a byte.
     """
+    return _pick_rows(M, N, K, blocksize, dtype, arch, _forced[-1][0] if _forced else None)
+
+
+@lru_cache(maxsize=4096)
+def _pick_rows(M, N, K, blocksize, dtype, arch, path: str | None) -> Rows | None:
     if M > MOST_ROWS or dtype.itemsize != 2 or K % LEAST_GROUP:
         return None
     part, _ = nearest_part(arch)
     modelled = seconds(M, N, K, blocksize, dtype, part)
-    if modelled["chunks"] < modelled["rows"]:
+    if (path or min(PATHS, key=modelled.__getitem__)) == "chunks":
         return None
     block_m = max(16, 1 << (M - 1).bit_length())
     # With twice as much of K in a tile Triton 3.6 and 3.9 spill on a B200, and 3.9 these 32 rows on parts of consumers.
@@ -111,7 +141,8 @@ def pick_rows(M: int, N: int, K: int, blocksize: int, dtype: torch.dtype, arch: 
 
 def chunk_lines(lines: int, length: int, dtype: torch.dtype) -> int:
     """How many of `lines` rows (or columns) of `length` elements are written out at a time: equal chunks, or all."""
-    chunks = -(-lines * length * dtype.itemsize // CHUNK_BYTES)
+    most = (_forced[-1][1] if _forced else None) or CHUNK_BYTES
+    chunks = -(-lines * length * dtype.itemsize // most)
     return min(lines, -(-lines // (chunks * _CHUNK_LINES)) * _CHUNK_LINES)
 
 

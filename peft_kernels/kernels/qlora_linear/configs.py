@@ -11,9 +11,23 @@ Measured on two cores of a Zen 5, N = K = 2048, R = 16, forward and backward in 
 dequantises too, by chunks, of which a product of 512 rows leaves many multiprocessors idle (model).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 DENSE_ROWS = 512
+_forced: list[bool] = []
+
+
+@contextmanager
+def force(dense: bool) -> Iterator[None]:
+    """Inside, x of any number of rows is multiplied by the dequantised weight, or none is; not thread-safe."""
+    _forced.append(dense)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def is_dense(M: int) -> bool:
     """Whether x of M rows is multiplied by the dequantised weight."""
-    return M >= DENSE_ROWS
+    return _forced[-1] if _forced else M >= DENSE_ROWS
