@@ -108,10 +108,11 @@ def test_autocast_as_torchs(device, activation, dtype):
 
 
 def saved(args: dict, function) -> list[torch.Tensor]:
+    """What is kept and holds anything."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         function(*args.values())
-    return kept
+    return [t for t in kept if t.numel()]
 
 
 def saved_bytes(args: dict, function) -> int:
@@ -171,6 +172,18 @@ def test_second_derivative_is_refused(device, activation, wanted):
     (first,) = torch.autograd.grad(y.square().sum(), args[wanted], create_graph=True)
     with pytest.raises(RuntimeError, match="bias_linear has no second derivative"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [("x",), ("bias",), ("weight",), LEAVES], ids="-".join)
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "relu"])
+def test_a_second_derivative_by_the_activation_alone_is_refused(device, activation, needed):
+    """Of a sum the gradient of y is a constant, and z is no input: nothing else leads from the first to the leaves."""
+    args = leaves(device, needed=needed)
+    wanted = [args[name] for name in needed]
+    first = torch.autograd.grad(ours(activation)(*args.values()).sum(), wanted, create_graph=True)
+    for of in wanted:
+        with pytest.raises(RuntimeError, match="bias_linear has no second derivative"):
+            torch.autograd.grad([one.sum() for one in first], of, allow_unused=True, retain_graph=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

@@ -170,6 +170,23 @@ def test_second_derivative_is_refused(device, wanted):
         first.sum().backward()
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_where_y_has_no_gradient_nothing_has(device, activation):
+    args = leaves(device)
+    y = pk.bias_linear(*args.values(), activation)
+    assert torch.autograd.grad(NoGradient.apply(y).sum(), list(args.values()), allow_unused=True) == (None,) * 3
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_activation_checkpointing(device, reentrant):
     again = run(leaves(device, torch.bfloat16), partial(checkpoint, pk.bias_linear, use_reentrant=reentrant))

@@ -107,7 +107,7 @@ def test_conv1d_computes_the_same_and_its_weight_is_never_copied():
     assert_same_function(layer, theirs, torch.randn(2, 5, K))
     layer = layer.float()
     pointers = set()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: pointers.add(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numel() and pointers.add(t.data_ptr()) or t, lambda t: t):
         y = layer(torch.randn(4, K, requires_grad=True))
     assert layer.weight.data_ptr() in pointers
     assert len(pointers) == 2  # the weight in place, and z

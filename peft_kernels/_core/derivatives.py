@@ -34,7 +34,7 @@ def recorded(function: str, *tensors: Tensor | None) -> bool:
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, message, gradients, *args):
+    def forward(ctx, message, gradients, origin, *args):
         ctx.message = message
         return gradients(*args)
 
@@ -43,9 +43,11 @@ class _Recorded(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def first_only(message: str, gradients: Callable[..., Any], *args: Any) -> Any:
+def first_only(message: str, gradients: Callable[..., Any], *args: Any, origin: Tensor | None = None) -> Any:
     """gradients(*args), for the backward of an autograd.Function; a second derivative raises RuntimeError(message).
 
-    Under create_graph the gradients must not pass for constants: a node that raises stands behind them.
+    Under create_graph the gradients must not pass for constants: a node that raises stands behind them, and before it
+    stand those of `args`. Where one is neither an input nor an output of the Function, nothing stands before it:
+    `origin` is then an output of it, which may be empty.
     """
-    return _Recorded.apply(message, gradients, *args) if torch.is_grad_enabled() else gradients(*args)
+    return _Recorded.apply(message, gradients, origin, *args) if torch.is_grad_enabled() else gradients(*args)

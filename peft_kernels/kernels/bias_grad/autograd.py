@@ -53,14 +53,20 @@ class _BiasLinear(torch.autograd.Function):
         need_dx, need_dweight, _ = ctx.needed = ctx.needs_input_grad[:3]
         y, kept = _forward(x, weight, bias, activation, True)
         # The weight as it came, not the copy in x's dtype: a parameter costs nothing to keep.
-        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, kept)
+        # z is made here: a second derivative would take it for a constant, but for an output that leads to its inputs.
+        origin = None if kept is None or activation == "relu" else y.new_empty(0)
+        ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, kept, origin)
         ctx.activation, ctx.dtypes = activation, (weight.dtype, bias.dtype)
-        return y
+        ctx.set_materialize_grads(False)  # of origin there is none
+        return y, origin
 
     @staticmethod
-    def backward(ctx, dy):
-        args = dy, *ctx.saved_tensors, ctx.activation, ctx.needed, *ctx.dtypes
-        return *first_only(_ONCE, _gradients, *args), None
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None, None
+        *saved, origin = ctx.saved_tensors
+        args = dy, *saved, ctx.activation, ctx.needed, *ctx.dtypes
+        return *first_only(_ONCE, _gradients, *args, origin=origin), None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -104,5 +110,5 @@ def bias_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None 
     if autocasts(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     args = rows(x), weight, bias, activation
-    y = _BiasLinear.apply(*args) if recorded(_NAME, *args[:3]) else _forward(*args, False)[0]
+    y, _ = _BiasLinear.apply(*args) if recorded(_NAME, *args[:3]) else _forward(*args, False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
