@@ -96,8 +96,8 @@ _forced: list[tuple[str | None, int | None]] = []
 
 @contextmanager
 def force(path: str | None = None, chunk_bytes: int | None = None) -> Iterator[None]:
-    """Inside, Triton's forward goes by `path` wherever it can, and chunks, dx's too, hold `chunk_bytes`, or what is one
-    step further out; not thread-safe. The C++ kernels have their own constants.
+    """Inside, Triton's forward goes by `path` wherever it can, and chunks, dx's too, are planned with `chunk_bytes`.
+    None leaves what an outer `force` or the model says; not thread-safe. The C++ kernels have their own constants.
 
     Raises:
         ValueError: a path that is not of PATHS, chunks of less than a byte.
