@@ -21,28 +21,32 @@ class _LoRALinear(torch.autograd.Function):
         y, s, mask = op.lora_linear_fwd(x, weight, lora_a, lora_b, bias, seed, scaling, threshold)
         need_dx, need_dweight, need_dlora_a, need_dlora_b, need_dbias = ctx.needs_input_grad[:5]
         # x is the one large tensor: kept only for the gradients that are made from it (LoRA-FA freezes lora_a).
+        keep_x = need_dlora_a or need_dweight
+        # s is made of x: a second derivative would take it for a constant, but for an output that leads there.
+        origin = y.new_empty(0) if need_dx and need_dlora_b and not keep_x else None
         ctx.save_for_backward(
-            x if need_dlora_a or need_dweight else None,
+            x if keep_x else None,
             weight if need_dx else None,
             lora_a,
             lora_b,
             s if need_dlora_b else None,
             mask if mask.numel() and (need_dx or need_dlora_a) else None,
+            origin,
         )
         ctx.scaling = scaling
         ctx.needed = (need_dx, need_dlora_a, need_dlora_b, need_dbias)
         ctx.need_dweight = need_dweight
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y, origin
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
+    def backward(ctx, dy, _):
+        x, weight, lora_a, lora_b, s, mask, origin = ctx.saved_tensors
         if mask is None:
             mask = dy.new_empty(0, dtype=torch.uint8)
         args = (dy, x, weight, lora_a, lora_b, s, mask, ctx.scaling, *ctx.needed)
-        grads = first_only(_ONCE, op.lora_linear_bwd, *args)
+        grads = first_only(_ONCE, op.lora_linear_bwd, *args, origin=origin)
         dx, dlora_a, dlora_b, dbias = (g if n else None for g, n in zip(grads, ctx.needed, strict=True))
         dweight = (dy.t() @ x).to(ctx.weight_dtype) if ctx.need_dweight else None
         if dbias is not None:
@@ -105,5 +109,5 @@ def lora_linear(
         scaling = effective_scaling(scaling, threshold)
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     args = rows(x), weight, lora_a, lora_b, bias, seed, scaling, threshold
-    y = _LoRALinear.apply(*args) if recorded(_NAME, *args[:5]) else op.lora_linear_fwd(*args)[0]
+    y, *_ = _LoRALinear.apply(*args) if recorded(_NAME, *args[:5]) else op.lora_linear_fwd(*args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])

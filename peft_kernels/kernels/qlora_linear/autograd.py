@@ -21,7 +21,10 @@ class _QLoRALinear(torch.autograd.Function):
     def forward(ctx, x, lora_a, lora_b, bias, seed, scaling, threshold, quant_type, blocksize, *weight):
         y, s, mask = parts.forward(x, weight, quant_type, blocksize, lora_a, lora_b, bias, seed, scaling, threshold)
         ctx.needed = need_dx, need_dlora_a, need_dlora_b, _ = ctx.needs_input_grad[:4]
+        # s is made of x: a second derivative would take it for a constant, but for an output that leads there.
+        origin = y.new_empty(0) if need_dx and need_dlora_b and not need_dlora_a else None
         ctx.save_for_backward(
+            origin,
             x if need_dlora_a else None,
             lora_a,
             lora_b,
@@ -31,16 +34,16 @@ class _QLoRALinear(torch.autograd.Function):
         )
         ctx.settings = quant_type, blocksize, scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y, origin
 
     @staticmethod
-    def backward(ctx, dy):
-        x, lora_a, lora_b, s, mask, *weight = ctx.saved_tensors
+    def backward(ctx, dy, _):
+        origin, x, lora_a, lora_b, s, mask, *weight = ctx.saved_tensors
         if mask is None:
             mask = dy.new_empty(0, dtype=torch.uint8)
         quant_type, blocksize, scaling = ctx.settings
         args = dy, x, tuple(weight), quant_type, blocksize, lora_a, lora_b, s, mask, scaling, *ctx.needed
-        grads = first_only(_ONCE, parts.backward, *args)
+        grads = first_only(_ONCE, parts.backward, *args, origin=origin)
         dx, dlora_a, dlora_b, dbias = (g if n else None for g, n in zip(grads, ctx.needed, strict=True))
         if dbias is not None:
             dbias = dbias.to(ctx.bias_dtype)
@@ -96,7 +99,7 @@ def qlora_linear(
     flat, stored, settings = rows(x), weight.tensors(), (weight.quant_type, weight.blocksize)
     branch, drop = (lora_a, lora_b, bias), (seed, scaling, threshold)
     if recorded(_NAME, flat, *branch):
-        y = _QLoRALinear.apply(flat, *branch, *drop, *settings, *stored)
+        y, _ = _QLoRALinear.apply(flat, *branch, *drop, *settings, *stored)
     else:
         y = parts.forward(flat, stored, *settings, *branch, *drop)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_b.shape[0])
