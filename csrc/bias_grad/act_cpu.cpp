@@ -8,6 +8,9 @@
 
 #include <cmath>
 
+#include "../common/results_cpu.h"
+#include "../common/tasks_cpu.h"
+#include "../common/workspace_cpu.h"
 #include "act_slots_cpu.h"
 
 namespace peft_kernels {

@@ -7,7 +7,7 @@
 // Nothing is compensated, so nothing turns an infinity into a NaN and no compiler flag can take the accuracy away.
 #pragma once
 
-#include "low_rank_cpu.h"
+#include "blocks_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

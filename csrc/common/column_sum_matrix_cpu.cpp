@@ -7,6 +7,9 @@
 // tiles, eight streams and prefetching while totals are added are slower or the same.
 #include "column_sum.h"
 #include "column_sum_cpu.h"
+#include "results_cpu.h"
+#include "tasks_cpu.h"
+#include "workspace_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

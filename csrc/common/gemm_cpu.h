@@ -12,7 +12,9 @@
 // less than one long one, and cost under 2 % (one load and store of a tile per 256 steps of bf16).
 #pragma once
 
-#include "low_rank_cpu.h"
+#include "micro_kernel_cpu.h"
+#include "packing_cpu.h"
+#include "rows.h"
 
 namespace peft_kernels {
 namespace PK_ISA {

@@ -2,19 +2,14 @@
 // Compiled once per instruction set.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
-#include "blocks_cpu.h"
-#include "rows.h"
-#include "tasks_cpu.h"
+#include "micro_kernel_cpu.h"
+#include "packing_cpu.h"
+#include "results_cpu.h"
 
 namespace peft_kernels {
 namespace PK_ISA {
 
-constexpr int64_t kPackRun = 256;      // reduction rows packed per task
-constexpr int64_t kLongChain = 2048;   // terms after which a partial sum of s or g joins the total
-constexpr int64_t kLongBlocks = 8;     // the same for dA and dB, in blocks of rows
+constexpr int64_t kLongChain = 2048;  // terms after which a partial sum of s or g joins the total
 
 // The rank dimension as vector lanes: panels of 1 .. panel_vectors vectors.
 template <class K>
@@ -52,66 +47,6 @@ struct Split {
   Range share(int64_t total, int64_t unit) const {
     const int64_t size = per_thread(total, unit), begin = min64(total, id * size);
     return {begin, min64(total, begin + size)};
-  }
-};
-
-// A right operand Q [rows, cols] in memory: element (k, j) is data[k * ld + j], or data[j * ld + k] if `by_columns`.
-struct RightMatrix {
-  const void* data;
-  int64_t ld;
-  bool by_columns;
-};
-
-// Rows [k0, k1) of the panel of `width` columns from j0 on.
-template <class K>
-static void pack_part(typename K::Step* part, int64_t width, int64_t k0, int64_t k1, const RightMatrix& q, int64_t rows,
-                      int64_t j0, int64_t cols) {
-  const auto* data = static_cast<const typename K::Store*>(q.data);
-  if (q.by_columns)
-    pack_columns<K>(part, width, k0, k1, data, q.ld, rows, j0, cols);
-  else
-    pack_rows<K>(part, width, k0, k1, data, q.ld, rows, j0, cols);
-}
-
-// Packs all panels [panels][steps][width] of q [rows, cols], shared among the threads: neighbours by one.
-template <class K>
-static void pack(typename K::Step* dst, int64_t panels, int64_t width, const RightMatrix& q, int64_t rows, int64_t cols,
-                 int threads, int id) {
-  const int64_t even = round_up(rows, K::pair), runs = ceil_div(even, kPackRun);
-  const int64_t end = part_start(panels * runs, id + 1, threads);
-  for (int64_t task = part_start(panels * runs, id, threads); task < end; ++task) {
-    const int64_t panel = task / runs, k0 = task % runs * kPackRun, k1 = min64(even, k0 + kPackRun);
-    pack_part<K>(dst + (panel * even + k0) / K::pair * width, width, k0, k1, q, rows, panel * width, cols);
-  }
-}
-
-// Panels of q [rows, cols]: all packed by the team before they are read; or, for a single block of rows, which reads each once,
-// a part at a time by its reader, whose cache it stays in. Not to be asked for what is not needed: nothing is there then.
-template <class K>
-struct Panels {
-  using Step = typename K::Step;
-  RightMatrix q;
-  int64_t rows, cols, count, width;
-  bool whole;
-  Step* packed;  // [count][steps][width] if whole
-
-  Panels(Arena& arena, bool whole_, const RightMatrix& q_, int64_t rows_, int64_t cols_, int64_t count_, int64_t width_)
-      : q(q_), rows(rows_), cols(cols_), count(count_), width(width_), whole(whole_),
-        packed(arena.take<Step>(whole ? count * steps() * width : 0)) {}
-
-  int64_t steps() const { return ceil_div(rows, K::pair); }
-  // Of the buffer that `get` needs for up to `most` steps, in steps.
-  int64_t buffer(int64_t most) const { return whole ? 0 : min64(most, steps()) * width; }
-
-  void prepare(int threads, int id) const {
-    if (whole) pack<K>(packed, count, width, q, rows, cols, threads, id);
-  }
-
-  // Steps [first, first + n) of a panel.
-  const Step* get(int64_t panel, int64_t first, int64_t n, Step* into) const {
-    if (whole) return packed + (panel * steps() + first) * width;
-    pack_part<K>(into, width, first * K::pair, (first + n) * K::pair, q, rows, panel * width, cols);
-    return into;
   }
 };
 
@@ -257,23 +192,6 @@ struct RankBlock {
   }
 };
 
-// One row of n results, at most a panel: out = row * scale + bias, rounded once.
-template <class K>
-static inline void finish_row(typename K::Acc* row, typename K::Acc scale, const typename K::Acc* bias, typename K::Store* out,
-                              int64_t n) {
-  const auto finish = [&](int64_t count) {
-    if (bias)
-      for (int64_t j = 0; j < count; ++j) row[j] = row[j] * scale + bias[j];
-    else
-      for (int64_t j = 0; j < count; ++j) row[j] *= scale;
-    convert(out, row, count);
-  };
-  if (n == K::panel)
-    finish(K::panel);  // a constant for the compiler
-  else
-    finish(n);
-}
-
 // sums [rows][panel] = rows of steps, `ld` apart, times one packed panel [steps][panel].
 template <class K>
 static void expand_panel(const typename K::Step* rows_of, int64_t ld, int64_t rows, int64_t steps, const typename K::Step* q,
@@ -303,145 +221,6 @@ static void expand(const RankBlock<K>& block, int64_t rows, const Panels<K>& q, 
         if (mask) apply_mask(row, mask + (m + i) * mask_ld, j0, live);
         finish_row<K>(row, scale, bias ? bias + j0 : nullptr, to, live);
       }
-    }
-  }
-}
-
-// The chunk as the wide operand of an adapter gradient: rows interleaved where a step holds a pair of them, and their distance.
-template <class K>
-constexpr int64_t across_rows_ld = K::pair == 2 ? K::pairs_ld : K::chunk_ld;
-template <class K>
-static const typename K::Step* across_rows(const typename K::Step* chunk, typename K::Step* pairs, int64_t rows, int64_t cols) {
-  if constexpr (K::pair == 2) {
-    interleave_rows(pairs, K::pairs_ld, reinterpret_cast<const uint16_t*>(chunk), K::chunk_ld * 2, rows,
-                    round_up(cols, K::panel));
-    return pairs;
-  }
-  return chunk;
-}
-
-// An adapter gradient [panels][height][panel], summed over blocks of rows by one thread for columns `cols`. With a single
-// block of rows a panel is final at once, and only one is held.
-template <class K>
-class OuterSum {
-  using Acc = typename K::Acc;
-  int64_t height_, first_, last_, blocks_ = 0;
-  bool single_;
-  Acc *part_, *total_;
-  bool fresh_ = true, has_total_ = false;
-
- public:
-  OuterSum(Arena& arena, int64_t height, int64_t columns, Range cols, int64_t rows)
-      : height_(height),
-        first_(cols.begin / K::panel * height * K::panel),
-        last_(ceil_div(cols.end, K::panel) * height * K::panel),
-        single_(rows <= kBlockRows),
-        part_(arena.take<Acc>((single_ ? K::panel : round_up(columns, K::panel)) * height)),
-        total_(ceil_div(rows, kBlockRows) > kLongBlocks ? arena.take<Acc>(round_up(columns, K::panel) * height) : nullptr) {}
-
-  // Adds block[:, :height].T @ chunk [rows, cols] at column `col`. What is final, write(column, count, sums) is given.
-  template <class Write>
-  void add(const typename K::Step* block, int64_t block_ld, int64_t rows, const typename K::Step* chunk, int64_t col,
-           int64_t cols, Write write) {
-    const int64_t steps = ceil_div(rows, K::pair), run = kChainRows, chunk_ld = across_rows_ld<K>;
-    for (int64_t j = 0; j < cols; j += K::panel) {
-      Acc* sums = part_ + (single_ ? 0 : (col + j) / K::panel * height_ * K::panel);
-      for (int64_t k = 0; k < steps; k += run)
-        tiles<typename K::Math, 4, K::panel_vectors, 1, 0>(height_, min64(run, steps - k), block + k * block_ld, 1, block_ld,
-                                                           chunk + k * chunk_ld + j, chunk_ld, sums, K::panel, fresh_ && k == 0);
-      if (single_) write(col + j, min64(K::panel, cols - j), sums);
-    }
-  }
-
-  void end_block() {
-    fresh_ = false;
-    if (++blocks_ % kLongBlocks == 0 && total_) join();
-  }
-
-  // Undefined, and not to be read, for a thread that had no rows.
-  const Acc* finish() {
-    if (has_total_ && !fresh_) join();
-    return has_total_ ? total_ : part_;
-  }
-
- private:
-  void join() {
-    if (has_total_)
-      for (int64_t i = first_; i < last_; ++i) total_[i] += part_[i];
-    else
-      memcpy(total_ + first_, part_ + first_, (last_ - first_) * sizeof(Acc));
-    has_total_ = fresh_ = true;
-  }
-};
-
-// Memory of one call: measured by laying out with a null base, then taken from what the calling thread keeps. Up to
-// kKeptBytes are kept: malloc gives such sizes back to the system at once, and the page faults of the next call cost more
-// than the products of a few rows (measured: 4.1 instead of 2.6 ms at M = 1, r = 256).
-class Workspace {
-  static constexpr int64_t kKeptBytes = 16 << 20;
-  struct Kept {
-    void* memory = nullptr;
-    int64_t bytes = 0;
-    bool busy = false;
-    ~Kept() { free(memory); }
-  };
-  static Kept& kept() {
-    static thread_local Kept one;
-    return one;
-  }
-  static void* take(int64_t bytes) {
-    void* memory = aligned_alloc(64, bytes);
-    if (!memory) throw std::bad_alloc();
-    return memory;
-  }
-  bool borrowed_;
-
- public:
-  void* memory;
-  explicit Workspace(int64_t bytes) : borrowed_(bytes <= kKeptBytes && !kept().busy) {
-    bytes = round_up(bytes + 64, 4096);
-    Kept& own = kept();
-    if (!borrowed_) {
-      memory = take(bytes);
-      return;
-    }
-    if (own.bytes < bytes) {
-      free(own.memory);
-      own.memory = nullptr;
-      own.bytes = 0;
-      own.memory = take(bytes);
-      own.bytes = bytes;
-    }
-    own.busy = true;
-    memory = own.memory;
-  }
-  ~Workspace() {
-    if (borrowed_)
-      kept().busy = false;
-    else
-      free(memory);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-};
-
-template <class Acc>
-static void write_as(Dtype dtype, void* out, int64_t at, const Acc* row, int64_t n) {
-  if constexpr (sizeof(Acc) == 8) {
-    float narrow[256];
-    if (dtype == Dtype::f64) return convert(static_cast<double*>(out) + at, row, n);
-    for (int64_t j = 0; j < n; j += 256) {
-      const int64_t live = min64(256, n - j);
-      for (int64_t i = 0; i < live; ++i) narrow[i] = static_cast<float>(row[j + i]);
-      write_as(dtype, out, at + j, narrow, live);
-    }
-  } else {
-    switch (dtype) {
-      case Dtype::f32: return convert(static_cast<float*>(out) + at, row, n);
-      case Dtype::bf16: return convert(static_cast<bf16*>(out) + at, row, n);
-      case Dtype::f16: return convert(static_cast<f16*>(out) + at, row, n);
-      case Dtype::f64:
-        for (int64_t i = 0; i < n; ++i) static_cast<double*>(out)[at + i] = row[i];
     }
   }
 }

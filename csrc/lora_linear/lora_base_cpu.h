@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/gemm_cpu.h"
+#include "../common/low_rank_cpu.h"
 #include "lora_linear.h"
 
 namespace peft_kernels {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/low_rank_cpu.h"
+#include "../common/workspace_cpu.h"
 #include "lora_linear.h"
 
 namespace peft_kernels {

@@ -8,6 +8,8 @@
 // columns, and what they sum to is added in thread order: the result depends on the number of threads, never on timing.
 // Given the weight, y and dx are made by a GEMM that starts with the low-rank product (lora_base_cpu.h), after s and g. A few
 // rows have their own way (lora_few_cpu.h).
+#include "../common/outer_sum_cpu.h"
+#include "../common/workspace_cpu.h"
 #include "lora_base_cpu.h"
 #include "lora_few_cpu.h"
 

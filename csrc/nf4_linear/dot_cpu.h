@@ -7,7 +7,8 @@
 // rounded as the whole W would be (but for subnormal numbers, which the products take for zeros anyway).
 #pragma once
 
-#include "../common/low_rank_cpu.h"
+#include "../common/blocks_cpu.h"
+#include "../common/micro_kernel_cpu.h"
 #include "plan_cpu.h"
 #include "scales_cpu.h"
 

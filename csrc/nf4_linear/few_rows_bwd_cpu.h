@@ -8,6 +8,7 @@
 // on their number.
 #pragma once
 
+#include "../common/tasks_cpu.h"
 #include "dot_cpu.h"
 #include "finish_cpu.h"
 

@@ -1,7 +1,7 @@
 // The end of a row of sums: bias and addend, and the one rounding. Compiled once per instruction set.
 #pragma once
 
-#include "../common/low_rank_cpu.h"
+#include "../common/results_cpu.h"
 #include "nf4_linear.h"
 
 namespace peft_kernels {

@@ -6,6 +6,7 @@
 // all of them. However the rows are cut, each one's sum is made in the same order.
 #pragma once
 
+#include "../common/tasks_cpu.h"
 #include "finish_cpu.h"
 #include "plan_cpu.h"
 #include "tiles_cpu.h"

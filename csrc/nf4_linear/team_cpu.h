@@ -1,8 +1,8 @@
 // One product by a team of threads. Compiled once per instruction set.
 #pragma once
 
-#include "../common/low_rank_cpu.h"
 #include "../common/tasks_cpu.h"
+#include "../common/workspace_cpu.h"
 #include "nf4_linear.h"
 
 namespace peft_kernels {

@@ -4,7 +4,10 @@
 
 #include "../common/column_sum_cpu.h"
 #include "../common/output_memory.h"
+#include "../common/results_cpu.h"
+#include "../common/tasks_cpu.h"
 #include "../common/vector_cpu.h"
+#include "../common/workspace_cpu.h"
 #include "norm.h"
 
 namespace peft_kernels {
