@@ -1,6 +1,7 @@
-"""Seeds, poisoned memory, and the implementations that the value tests run on, by name."""
+"""Seeds, a fresh compiler, poisoned memory, and the implementations that the value tests run on, by name."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    """Dynamo leaves code for good that raised while it was traced once, and that it has compiled too often."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

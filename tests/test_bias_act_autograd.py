@@ -184,7 +184,6 @@ def test_activation_checkpointing(device, activation, reentrant):
 @pytest.mark.parametrize("needed", [FROZEN, LEAVES], ids="-".join)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_without_graph_breaks(device, activation, needed):
-    torch._dynamo.reset()
     compiled = torch.compile(ours(activation), backend="aot_eager", fullgraph=True)
     args = [leaves(device, torch.bfloat16, needed, torch.float32, (2, M)) for _ in range(3)]
     assert_same(run(args[0], ours(activation)), run(args[1], compiled))

@@ -196,7 +196,6 @@ def test_activation_checkpointing(device, reentrant):
 @pytest.mark.parametrize("needed", [FROZEN, LEAVES], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_without_graph_breaks(device, dtype, needed):
-    torch._dynamo.reset()
     compiled = torch.compile(pk.bias_linear, backend="aot_eager", fullgraph=True)
     args = [leaves(device, dtype, needed, torch.float32, (2, M)) for _ in range(2)]
     assert_same(run(args[0]), run(args[1], compiled))

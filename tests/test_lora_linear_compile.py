@@ -15,13 +15,6 @@ CASE = Case(37, 53, 72, 12, torch.float32)
 BOTH = [pytest.param(0.0, id="plain"), pytest.param(0.5, id="dropout")]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("p", BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_without_graph_breaks(device, dtype, p):

@@ -166,7 +166,6 @@ def test_activation_checkpointing(device, reentrant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_compiled_without_graph_breaks(device, dtype, nested):
-    torch._dynamo.reset()
     compiled = torch.compile(pk.nf4_linear, backend="aot_eager", fullgraph=True)
     args = [leaves(device, dtype, bias=torch.float32, shape=(2, M), nested=nested) for _ in range(2)]
     assert_same(run(args[0]), run(args[1], compiled))

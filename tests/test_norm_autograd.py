@@ -189,7 +189,6 @@ def test_activation_checkpointing(device, name, reentrant):
 @pytest.mark.parametrize("needed", [FROZEN, LEAVES, ("bias",)], ids="-".join)
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 def test_compiled_without_graph_breaks(device, name, residual, needed):
-    torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
     pair = [leaves(device, torch.bfloat16, needed, torch.float32, (2, M)) for _ in range(2)]
     pair = [args if residual else {k: v for k, v in args.items() if k != "residual"} for args in pair]
@@ -197,7 +196,6 @@ def test_compiled_without_graph_breaks(device, name, residual, needed):
 
 
 def test_compiled_under_autocast(device, name):
-    torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
     pair = [leaves(device, torch.bfloat16, affine=torch.float32) for _ in range(2)]
     with torch.autocast(device, torch.bfloat16):

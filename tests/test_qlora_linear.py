@@ -173,7 +173,6 @@ def test_second_derivative_is_refused(device, M, wanted):
 
 @pytest.mark.parametrize("p", BOTH)
 def test_compiled_without_graph_breaks(device, p):
-    torch._dynamo.reset()
     compiled = torch.compile(pk.qlora_linear, backend="aot_eager", fullgraph=True)
     for M in (37, MANY):
         case = Case(M, 53, 72, 12, torch.bfloat16, dropout=p, adapters=torch.float32)

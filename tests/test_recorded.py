@@ -71,7 +71,6 @@ def results(public: Public, x: Tensor, other: Tensor) -> tuple[Tensor, ...]:
 
 
 def compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager")
 
 
