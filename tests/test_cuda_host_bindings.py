@@ -29,25 +29,25 @@ TESTED = {"bias_grad", "lora_linear", "nf4", "nf4_linear", "norm"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(pytestconfig):
     return pytestconfig.cache.mkdir("cuda_host")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def norms(cache):
     ops = {norm_op.norm_fwd: norm_reference.norm_fwd, norm_op.norm_bwd: norm_reference.norm_bwd}
     return Ops(cache, "norm", [norm.FORWARD, norm.BACKWARD], ops)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def biases(cache):
     ops = {bias_op.bias_grad: bias_reference.bias_grad}
     ops |= {getattr(bias_op, name): getattr(activations, name) for name in ("relu_fwd", "act_bwd")}
     return Ops(cache, "bias_grad", [bias_grad.SOURCE, act.SOURCE], ops)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loras(cache):
     """Its kernels are Hopper's, which nothing runs here: every call goes to the general ops."""
     names = "lora_linear_fwd", "lora_linear_bwd"

@@ -25,18 +25,18 @@ CHUNKS = [
 """Many chunks of a small weight."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(pytestconfig):
     return pytestconfig.cache.mkdir("cuda_host")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def linear(cache):
     ops = {op.nf4_linear_fwd: reference.nf4_linear_fwd, op.nf4_linear_bwd: reference.nf4_linear_bwd}
     return Ops(cache, "nf4_linear", [nf4_linear.SOURCE, nf4.DEQUANTIZE], ops, CHUNKS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quantiser(cache):
     names = "nf4_quantize", "nf4_quantize_scales", "nf4_dequantize"
     ops = {getattr(quantize_op, name): getattr(quantize_reference, name) for name in names}
